@@ -1,0 +1,258 @@
+"""Speed and quality beside the peers, in one interleaved run on the same data and device.
+
+    pip install -r requirements-bench.txt
+    python bench.py images                                  FashionMNIST from ./data; about 45 CPU minutes
+    python bench.py images --seconds 0                      speed only, about 6 CPU minutes
+
+Peers: diffusers' UNet2DModel and denoising-diffusion-pytorch's Unet, each with its own loss, at comparable parameter counts. All are
+unconditional and share the batch, optimizer, learning rate, warm-up, clipping and EMA of imagen.py; what differs is the network and the recipe.
+"""
+import math
+import multiprocessing
+import platform
+import re
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.flop_counter import FlopCounterMode
+
+import imagen
+import metrics
+from data import load_images
+from training import UserError, autocast, batch_indices, pick_device, run_script
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of a comparison."""
+
+    what: Literal["images"] = "images"  # what to compare
+    dataset: str = "fashionmnist"  # any data set of imagen.py with classes, one channel and sides divisible by 4
+    data_dir: str = "data"  # where torchvision finds its data sets, or puts them
+    rounds: int = 7  # interleaved rounds of the speed measurement
+    round_steps: int = 4  # training steps of each side in a round
+    seconds: float = 120.0  # training seconds of each side before it is scored; 0 leaves scores out
+    seeds: tuple[int, ...] = (0, 1, 2)  # seeds of the scored training runs
+    score_n: int = 500  # samples of a score; at most the number of training images
+    batch_size: int = 64  # images of a training step
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda where there is one, else mps, else cpu
+    out: str = "out/bench"  # folder of the sample grids and of the cached classifier
+    sample_from: str = ""  # not used by the benchmark
+    score_from: str = ""  # not used by the benchmark
+
+    kind = "bench"
+
+
+class Ours:
+    """imagen.py's UNet; `textbook` keeps the network and takes the recipe of DDPM (eps, linear betas, plain weight)."""
+
+    usual = 10
+
+    def __init__(self, size: int, device, textbook: bool = False, precision: str = "auto"):
+        recipe = dict(predict="eps", schedule="linear", weight="plain") if textbook else {}
+        self.cfg = imagen.Config(precision=precision, **recipe)
+        self.process, self.model = imagen.build(self.cfg, dict(shape=[1, size, size], names=[]), device)
+        self.device, self.call = device, lambda model, x, t: model(x, t)
+
+    def loss(self, x: Tensor) -> Tensor:
+        with autocast(self.device, self.cfg.precision):
+            return self.process.loss(self.model, x)
+
+    def sample(self, model, shape, generator, evaluations: int) -> Tensor:
+        with autocast(self.device, self.cfg.precision):
+            return self.process.sample(model, shape, sampler="dpm++", steps=evaluations, clip=1.0, generator=generator)
+
+
+class Diffusers:
+    """diffusers' UNet2DModel, DDPMScheduler's training noise and DDIMScheduler's or DDPMScheduler's steps."""
+
+    usual = 1000
+
+    def __init__(self, size: int, device):
+        import diffusers
+
+        shape = dict(sample_size=size, in_channels=1, out_channels=1, block_out_channels=(24, 48, 96), norm_num_groups=8)
+        blocks = dict(down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"))
+        self.model = diffusers.UNet2DModel(**shape, **blocks).to(device)
+        self.noise, self.ddim = diffusers.DDPMScheduler(1000), diffusers.DDIMScheduler(1000, timestep_spacing="trailing")
+        self.call = lambda model, x, t: model(x, t).sample
+
+    def loss(self, x: Tensor) -> Tensor:
+        eps, t = torch.randn_like(x), torch.randint(0, 1000, (len(x),), device=x.device)
+        return torch.nn.functional.mse_loss(self.model(self.noise.add_noise(x, eps, t), t).sample, eps)
+
+    @torch.no_grad()
+    def sample(self, model, shape, generator, evaluations: int) -> Tensor:
+        device = next(model.parameters()).device
+        x = torch.randn(shape, generator=generator).to(device)
+        scheduler = self.noise if evaluations == 1000 else self.ddim
+        scheduler.set_timesteps(evaluations)
+        for t in scheduler.timesteps:
+            x = scheduler.step(model(x, t).sample, t, x).prev_sample
+        return x
+
+
+class Lucidrains:
+    """denoising-diffusion-pytorch's Unet and GaussianDiffusion with their own defaults (v, sigmoid schedule)."""
+
+    usual = 1000
+
+    def __init__(self, size: int, device):
+        from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+
+        self.model = Unet(dim=28, dim_mults=(1, 2, 4), channels=1).to(device)
+        self.process = GaussianDiffusion(self.model, image_size=size, sampling_timesteps=50).to(device)
+        self.call = lambda model, x, t: model(x, t)
+
+    def loss(self, x: Tensor) -> Tensor:
+        return self.process((x + 1) / 2)  # it wants [0, 1]
+
+    @torch.no_grad()
+    def sample(self, model, shape, generator, evaluations: int) -> Tensor:
+        self.process.model, self.process.sampling_timesteps = model, evaluations
+        torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+        x = self.process.ddim_sample(shape) if evaluations < 1000 else self.process.p_sample_loop(shape)
+        self.process.model = self.model
+        return x * 2 - 1
+
+
+SIDES = {
+    "ours": Ours,
+    "ours, fp32": lambda size, device: Ours(size, device, precision="fp32"),
+    "ours, textbook recipe": lambda size, device: Ours(size, device, textbook=True),
+    "diffusers": Diffusers,
+    "denoising-diffusion-pytorch": Lucidrains,
+}
+SCORED = {"ours": 10, "ours, textbook recipe": 10, "diffusers": 50, "denoising-diffusion-pytorch": 50}  # evaluations a sample
+
+
+class Trainer:
+    """A side with the optimizer, warm-up, clipping and EMA that all sides share."""
+
+    def __init__(self, side, x: Tensor, batch_size: int, seed: int):
+        cfg = imagen.Config()
+        self.side, self.x, self.batch_size, self.seed, self.step = side, x, batch_size, seed, 0
+        self.params, self.lr = list(side.model.parameters()), lambda step: cfg.lr * min(1, step / cfg.warmup)
+        self.opt = torch.optim.AdamW(self.params, lr=cfg.lr, weight_decay=0.0, fused=x.device.type != "mps")
+        decay = lambda: min(cfg.ema_decay, (1 + self.step) / (10 + self.step))
+        self.ema = AveragedModel(side.model, multi_avg_fn=lambda ema, new, _: torch._foreach_lerp_(ema, new, 1 - decay())).eval()
+
+    def train_step(self) -> None:
+        self.step += 1
+        batch = batch_indices(len(self.x), self.batch_size, self.seed, self.step).to(self.x.device)
+        self.side.loss(metrics.scale(self.x[batch])).backward()
+        torch.nn.utils.clip_grad_norm_(self.params, 1.0)
+        self.opt.param_groups[0]["lr"] = self.lr(self.step)
+        self.opt.step()
+        self.opt.zero_grad()
+        self.ema.update_parameters(self.side.model)
+
+
+def synchronize(device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_memory(name: str, size: int, batch_size: int, device_name: str, pipe) -> None:
+    """In a process of its own: MiB that three training steps add to the peak (CPU: resident size; CUDA: allocated)."""
+    device = pick_device(device_name)
+    trainer = Trainer(SIDES[name](size, device), torch.zeros(256, 1, size, size, dtype=torch.uint8, device=device), batch_size, 0)
+    peak = lambda: int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024  # getrusage counts the parent too
+    before = peak() if sys.platform == "linux" else math.nan
+    for _ in range(3):
+        trainer.train_step()
+    after = peak() if sys.platform == "linux" else math.nan
+    pipe.send(torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else after - before)
+
+
+def spread(values) -> str:
+    return f"{np.median(values):.2f} ({min(values):.2f}..{max(values):.2f})"
+
+
+def speed(cfg: Config, x: Tensor, device) -> None:
+    """Print size, speed, memory and sampling time of every side; ratios are taken round by round."""
+    trainers = {name: Trainer(make(x.shape[-1], device), x, cfg.batch_size, 0) for name, make in SIDES.items()}
+    rates = {name: [] for name in SIDES}
+    for r in range(-1, cfg.rounds):  # round -1 warms up
+        for name, trainer in trainers.items():
+            synchronize(device)
+            start = time.perf_counter()
+            for _ in range(cfg.round_steps):
+                trainer.train_step()
+            synchronize(device)
+            if r >= 0:
+                rates[name].append(cfg.round_steps * cfg.batch_size / (time.perf_counter() - start))
+    times = {name: [] for name in SIDES}
+    for r in range(3):  # 64 samples; the long loops are timed on their first 10 evaluations of 1000 and scaled
+        for name, trainer in trainers.items():
+            side = trainer.side
+            synchronize(device)
+            start = time.perf_counter()
+            side.sample(trainer.ema, (64, *x.shape[1:]), torch.Generator().manual_seed(r), 10)
+            synchronize(device)
+            times[name].append((time.perf_counter() - start) * side.usual / 10)
+    print("| side | M parameters | MFLOP forward, an image | train images/s | ours / it, a round | peak MiB | evaluations, usual | s for 64 samples |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, trainer in trainers.items():
+        model = trainer.side.model
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            trainer.side.call(model, torch.zeros(1, *x.shape[1:], device=device), torch.ones(1, dtype=torch.long, device=device))
+        here, there = multiprocessing.get_context("spawn").Pipe()
+        process = multiprocessing.get_context("spawn").Process(target=peak_memory, args=(name, x.shape[-1], cfg.batch_size, cfg.device, there))
+        process.start()
+        memory = here.recv()
+        process.join()
+        ratios = [a / b for a, b in zip(rates["ours"], rates[name])]
+        cells = [name, f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}", f"{counter.get_total_flops() / 1e6:.0f}"]
+        cells += [f"{np.median(rates[name]):.0f}", spread(ratios), f"{memory:.0f}", trainer.side.usual, f"{np.median(times[name]):.1f}"]
+        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+def quality(cfg: Config, images, device) -> None:
+    """Print the distances of every scored side after cfg.seconds of training, for each seed, and their ratio to ours."""
+    net, accuracy = metrics.load_classifier(images, cfg.out, device)
+    x, scores = images.x.to(device), {name: [] for name in SCORED}
+    print(f"\nAfter {cfg.seconds:g} training seconds, n={cfg.score_n} against {len(images.x_test)} test images (classifier accuracy {accuracy:.3f}):")
+    for seed in cfg.seeds:
+        for name, evaluations in SCORED.items():
+            torch.manual_seed(seed)
+            trainer = Trainer(SIDES[name](x.shape[-1], device), x, cfg.batch_size, seed)
+            start = time.perf_counter()
+            while time.perf_counter() - start < cfg.seconds:
+                trainer.train_step()
+                synchronize(device)
+            generator = torch.Generator().manual_seed(seed)
+            shapes = [(min(100, cfg.score_n - i), *x.shape[1:]) for i in range(0, cfg.score_n, 100)]
+            samples = torch.cat([imagen.to_uint8(trainer.side.sample(trainer.ema, shape, generator, evaluations)) for shape in shapes])
+            imagen.save_grid(list(samples[:50].split(10)), [""] * 5, Path(cfg.out) / f"{name}_seed{seed}.png".replace(" ", "_").replace(",", ""))
+            rows = metrics.score_images(samples, images, net, device)
+            scores[name].append(rows["samples"]["FD"])
+            numbers = "  ".join(f"{key} {value:.4g}" for key, value in rows["samples"].items())
+            print(f"  seed {seed}  {name} ({trainer.step} steps, {evaluations} evaluations): {numbers}", flush=True)
+    print(f"  real training images: FD {rows['real']['FD']:.3g}\n\n| side | FD, median (range) of {len(cfg.seeds)} seeds | its FD / ours, a seed |\n|---|---|---|")
+    for name, values in scores.items():
+        print(f"| {name} | {spread(values)} | {spread([a / b for a, b in zip(values, scores['ours'])])} |")
+
+
+def main(cfg: Config) -> None:
+    device = pick_device(cfg.device)
+    images = load_images(cfg.dataset, cfg.data_dir)
+    if images.x.shape[1] != 1 or images.x.shape[-1] % 4:
+        raise UserError(f"the peers are set up for one channel and sides divisible by 4, got {tuple(images.x.shape[1:])}; choose another --dataset")
+    libraries = ", ".join(f"{p} {version(p)}" for p in ("torch", "diffusers", "denoising-diffusion-pytorch"))
+    print(f"{cfg.dataset}, {len(images.x)} training images, batch {cfg.batch_size}; {device}, {torch.get_num_threads()} threads, {platform.machine()}; {libraries}\n")
+    speed(cfg, images.x.to(device), device)
+    if cfg.seconds:
+        quality(cfg, images, device)
+
+
+if __name__ == "__main__":
+    run_script(Config, main, __doc__)

@@ -1,0 +1,150 @@
+"""Scores. Images: distances, precision and recall in the features of a small classifier of the same data, and the usual FID.
+
+A distance means nothing alone: it depends on the features and falls with n. So the value of real training images, at the same n,
+against the same test images is always printed beside it.
+"""
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data import Images
+from training import UserError, load_checkpoint, load_weights, write_atomic
+
+
+class Classifier(nn.Module):
+    """Small convolutional classifier of (N, C, H, W) images in [-1, 1]; `features` (N, 64) are what the distances are taken in."""
+
+    def __init__(self, channels: int, classes: int):
+        super().__init__()
+        layers = [nn.Conv2d(channels, 32, 3, padding=1)]
+        for c_in, c_out, stride in [(32, 32, 1), (32, 64, 2), (64, 64, 1), (64, 64, 2)]:
+            layers += [nn.BatchNorm2d(c_in), nn.ReLU(), nn.Conv2d(c_in, c_out, 3, stride=stride, padding=1)]
+        self.body = nn.Sequential(*layers, nn.BatchNorm2d(64), nn.ReLU())
+        self.head = nn.Linear(64, classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.body(x).mean(dim=(2, 3))  # (N, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+def scale(x: Tensor) -> Tensor:
+    """uint8 images as float32 in [-1, 1]."""
+    return x.float() / 127.5 - 1
+
+
+def load_classifier(images: Images, cache: str, device: torch.device, steps: int = 1000) -> tuple[Classifier, float]:
+    """The classifier of this data's training split and its accuracy on the test split; trained once (seed 0, random shifts of
+    up to 2 pixels), then read from the folder `cache`, where the data's checksum names it.
+
+    Raises UserError where the data has no classes, or a split is empty.
+    """
+    if len(images.names) < 2 or not len(images.x_test):
+        raise UserError("scores are taken in the features of a classifier: they need at least two classes (subfolders) and a test split")
+    checksum = hashlib.sha256(images.x.numpy().tobytes() + images.y.numpy().tobytes()).hexdigest()[:12]
+    path = Path(cache) / f"classifier_{checksum}_{steps}.pt"
+    rng = torch.random.get_rng_state()  # the caller's draws stay as they would be without a score
+    torch.manual_seed(0)
+    net = Classifier(images.x.shape[1], len(images.names)).to(device)
+    if path.exists():
+        load_weights(net, load_checkpoint(path, "classifier")["model"], path)
+    else:
+        x, y = scale(images.x).to(device), images.y.to(device)
+        opt = torch.optim.AdamW(net.parameters(), weight_decay=1e-2)
+        lr = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=5e-3, total_steps=steps)
+        for _ in range(steps):
+            batch = torch.randint(len(x), (128,)).to(device)
+            i, j = torch.randint(0, 5, (2,)).tolist()
+            H, W = x.shape[2:]
+            shifted = F.pad(x[batch], (2, 2, 2, 2), mode="replicate")[:, :, i : i + H, j : j + W]
+            F.cross_entropy(net(shifted), y[batch], label_smoothing=0.1).backward()
+            opt.step()
+            opt.zero_grad()
+            lr.step()
+        write_atomic(path, lambda f: torch.save(dict(kind="classifier", model=net.state_dict()), f))
+    torch.random.set_rng_state(rng)
+    net.eval()
+    with torch.no_grad():
+        guesses = torch.cat([net(scale(part).to(device)).argmax(1).cpu() for part in images.x_test.split(500)])
+    return net, (guesses == images.y_test).float().mean().item()
+
+
+@torch.no_grad()
+def features(net: Classifier, x: Tensor, device: torch.device) -> np.ndarray:
+    """Features (N, 64) float64 of uint8 images x (N, C, H, W)."""
+    return torch.cat([net.features(scale(part).to(device)).cpu() for part in x.split(500)]).double().numpy()
+
+
+def frechet_distance(f: np.ndarray, g: np.ndarray) -> float:
+    """Squared Frechet distance of the Gaussians fitted to features f (N, d) and g (M, d). Heusel et al. 1706.08500 eq. 6."""
+    s, r = np.cov(f, rowvar=False), np.cov(g, rowvar=False)
+    trace_sqrt = np.sqrt(np.linalg.eigvals(s @ r).real.clip(min=0)).sum()  # trace of (s r)^(1/2)
+    return float(((f.mean(0) - g.mean(0)) ** 2).sum() + np.trace(s) + np.trace(r) - 2 * trace_sqrt)
+
+
+def kernel_distance(f: np.ndarray, g: np.ndarray) -> float:
+    """KID: unbiased squared MMD of features f (N, d) and g (M, d) under the kernel (x.y / d + 1)^3. Binkowski et al. 1801.01401."""
+    k = lambda a, b: (a @ b.T / a.shape[1] + 1) ** 3
+    within = lambda a: (k(a, a).sum() - np.trace(k(a, a))) / (len(a) * (len(a) - 1))
+    return float(within(f) + within(g) - 2 * k(f, g).mean())
+
+
+def precision_recall(f: np.ndarray, g: np.ndarray, k: int = 3) -> tuple[float, float]:
+    """Share of features f (N, d) inside the k-nearest-neighbour balls of real g (M, d), and of g inside those of f. 1904.06991 eq. 1-2."""
+    from scipy.spatial.distance import cdist
+
+    covered = lambda a, b: float((cdist(a, b) <= np.sort(cdist(b, b), axis=1)[:, k]).any(axis=1).mean())
+    return covered(f, g), covered(g, f)
+
+
+def nearest_ratio(f: np.ndarray, train: np.ndarray, test: np.ndarray) -> tuple[float, np.ndarray]:
+    """Median distance of f (N, d) to its nearest training features, over that of test features, and the nearest ones' indices (N,).
+
+    About 1: as far from the training set as unseen real images are; near 0: copies.
+    """
+    from scipy.spatial.distance import cdist
+
+    to_train = cdist(f, train)
+    return float(np.median(to_train.min(1)) / np.median(cdist(test, train).min(1))), to_train.argmin(1)
+
+
+def score_images(samples: Tensor, images: Images, net: Classifier, device: torch.device, y: Tensor | None = None) -> dict[str, dict[str, float]]:
+    """Rows "samples" and "real" (as many training images): distances to the test split FD and KID (times 1000), precision, recall;
+    for the samples also nearest (see nearest_ratio) and, where their labels y (n,) are given, the share that the classifier reads so.
+
+    samples: (n, C, H, W) uint8, n at most the number of training images.
+    """
+    train, test = features(net, images.x, device), features(net, images.x_test, device)
+    pick = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[: len(samples)].numpy()
+    f, rows = features(net, samples, device), {}
+    for name, g in [("samples", f), ("real", train[pick])]:
+        precision, recall = precision_recall(g, test)
+        rows[name] = dict(FD=frechet_distance(g, test), KIDx1000=kernel_distance(g, test) * 1000, precision=precision, recall=recall)
+    rows["samples"]["nearest"] = nearest_ratio(f, train, test)[0]
+    if y is not None:
+        weight, bias = (p.detach().cpu().double().numpy() for p in (net.head.weight, net.head.bias))
+        rows["samples"]["label"] = float(((f @ weight.T + bias).argmax(1) == y.numpy()).mean())
+    return rows
+
+
+def inception_fid(samples: Tensor, real: Tensor) -> float:
+    """The usual FID of uint8 images (N, C, H, W) in Inception-v3's 2048 features, by torchmetrics.
+
+    Raises UserError where the library is not installed, or its weights are not on disk and cannot be downloaded.
+    """
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        fid = FrechetInceptionDistance(feature=2048)
+    except Exception as error:  # ModuleNotFoundError, or whatever the download raises
+        reason = str(error).splitlines()[0][:120]
+        raise UserError(f"Inception FID is not to be had: {reason}. It needs requirements-bench.txt and one download of the weights") from error
+    for x, is_real in [(real, True), (samples, False)]:
+        for part in x.split(100):
+            fid.update(part.expand(-1, 3, -1, -1) if part.shape[1] == 1 else part, real=is_real)
+    return fid.compute().item()

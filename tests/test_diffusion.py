@@ -1,0 +1,317 @@
+"""diffusion.py against closed forms and against diffusers; learning and wiring of the denoisers."""
+import math
+
+import diffusers
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+from diffusion import SCHEDULES, Diffusion, StepEmbedding, Transformer, UNet, alpha_bar_cosine, alpha_bar_linear, drop_condition
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# -- schedules and the forward process ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, theirs", [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])
+def test_schedules_equal_diffusers(name, theirs):
+    alpha_bar = SCHEDULES[name](1000)
+    assert alpha_bar.dtype == torch.float64 and len(alpha_bar) == 1001 and alpha_bar[0] == 1
+    reference = diffusers.DDPMScheduler(1000, beta_schedule=theirs).alphas_cumprod
+    torch.testing.assert_close(alpha_bar[1:].float(), reference, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("T", [10, 50, 300, 1000, 4000])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_end_in_noise_for_any_T(name, T):
+    alpha_bar = SCHEDULES[name](T)
+    assert (alpha_bar.diff() < 0).all() and 0 < alpha_bar[-1] < 1e-3
+
+
+def test_schedule_that_keeps_the_signal_is_refused():
+    unscaled = torch.cat([torch.ones(1), (1 - torch.linspace(1e-4, 0.02, 300)).cumprod(0)])
+    with pytest.raises(ValueError, match="at most 0.01, got 1 to 0.04"):
+        Diffusion(unscaled)
+
+
+def test_q_sample_moments():
+    process, x0 = Diffusion(alpha_bar_cosine(100)), torch.full((200_000, 1), 2.0)
+    for t in (1, 50, 100):
+        xt = process.q_sample(x0, torch.full((len(x0),), t), torch.randn(x0.shape, generator=rng(t)))
+        alpha_bar = alpha_bar_cosine(100)[t].item()
+        assert abs(xt.mean() - 2 * math.sqrt(alpha_bar)) < 0.01
+        assert abs(xt.var() / (1 - alpha_bar) - 1) < 0.02
+    assert torch.equal(process.q_sample(x0, torch.zeros(len(x0), dtype=torch.long), torch.randn_like(x0)), x0)
+
+
+@pytest.mark.parametrize("predict", ["eps", "x0", "v"])
+def test_min_snr_weights_one_error_alike_in_every_parameterisation(predict):
+    """A denoiser whose guess of x0 is off by 0.1 has loss mean(min(SNR, 5)) 0.01, whatever its output means. min-SNR eq. 5."""
+    alpha_bar, x0 = alpha_bar_cosine(1000), torch.randn(4096, 3, generator=rng())
+    process, seen = Diffusion(alpha_bar, predict, "min-snr"), {}
+
+    def model(xt, t, y):
+        a, s = (table[t][:, None] for table in (alpha_bar.sqrt().float(), (1 - alpha_bar).sqrt().float()))
+        seen["t"], guess = t, x0 + 0.1
+        eps = (xt - a * guess) / s
+        return {"eps": eps, "x0": guess, "v": a * eps - s * guess}[predict]
+
+    torch.manual_seed(0)
+    loss, snr = process.loss(model, x0), (alpha_bar / (1 - alpha_bar))[seen["t"]]
+    assert seen["t"].min() == 1 and seen["t"].max() == 1000
+    assert loss.item() == pytest.approx(0.01 * snr.clamp(max=5).mean().item(), rel=2e-3)
+
+
+# -- samplers against diffusers -----------------------------------------------------------------------------------------
+
+
+def denoiser(xt, t, y=None):
+    """A fixed smooth function in place of a network; t counts from 1."""
+    return torch.tanh(xt.roll(1, -1) * 0.7 + torch.sin(t.float() / 50)[:, None]) * 0.8
+
+
+KINDS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+
+
+def theirs(scheduler, steps, **step_settings):
+    generator = rng(7)
+    x = torch.randn(16, 32, generator=generator)
+    if isinstance(steps, list):
+        scheduler.set_timesteps(timesteps=steps)
+    else:
+        scheduler.set_timesteps(steps)
+    for t in scheduler.timesteps:
+        out = denoiser(x, torch.full((16,), int(t) + 1))
+        noise = {} if isinstance(scheduler, diffusers.DPMSolverMultistepScheduler) else dict(generator=generator)
+        x = scheduler.step(out, t, x, **noise, **step_settings).prev_sample
+    return x
+
+
+def ours(predict, alpha_bar, **settings):
+    return Diffusion(alpha_bar, predict).sample(denoiser, (16, 32), generator=rng(7), **settings)
+
+
+@pytest.mark.parametrize("predict", KINDS)
+def test_ddpm_equals_diffusers(predict):
+    scheduler = diffusers.DDPMScheduler(1000, prediction_type=KINDS[predict], clip_sample=False, timestep_spacing="leading")
+    got = ours(predict, alpha_bar_linear(1000), sampler="ddpm", steps=1000)
+    torch.testing.assert_close(got, theirs(scheduler, 1000), rtol=1e-5, atol=1e-5 * max(1, got.abs().max().item()))
+
+
+@pytest.mark.parametrize("predict", KINDS)
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ddim_equals_diffusers(predict, eta):
+    scheduler = diffusers.DDIMScheduler(1000, prediction_type=KINDS[predict], clip_sample=False, timestep_spacing="trailing")
+    got = ours(predict, alpha_bar_linear(1000), sampler="ddim", steps=20, eta=eta)
+    torch.testing.assert_close(got, theirs(scheduler, 20, eta=eta), rtol=1e-5, atol=1e-5 * max(1, got.abs().max().item()))
+
+
+@pytest.mark.parametrize("predict", KINDS)
+@pytest.mark.parametrize("steps", [2, 10, 50])
+def test_dpm_solver_equals_diffusers(predict, steps):
+    settings = dict(solver_order=2, algorithm_type="dpmsolver++", solver_type="midpoint", final_sigmas_type="zero")
+    scheduler = diffusers.DPMSolverMultistepScheduler(1000, prediction_type=KINDS[predict], **settings)
+    process = Diffusion(alpha_bar_linear(1000), predict)
+    ts = process.timesteps(steps, "karras")
+    assert len(ts) == steps + 1 and ts[-1] == 0
+    got = process.sample(denoiser, (16, 32), generator=rng(7), sampler="dpm++", steps=steps)
+    torch.testing.assert_close(got, theirs(scheduler, [t - 1 for t in ts[:-1]]), rtol=1e-5, atol=1e-5 * max(1, got.abs().max().item()))
+
+
+def test_karras_spacing_follows_its_rule():
+    process = Diffusion(alpha_bar_cosine(1000))
+    sigma = lambda t: process.s[t] / process.a[t]
+    for t, want in zip(process.timesteps(10, "karras"), np.linspace(80 ** (1 / 7), sigma(1) ** (1 / 7), 10) ** 7):
+        assert abs(math.log(sigma(t) / want)) <= abs(math.log(sigma(t + 1) / sigma(max(t - 1, 1))))  # within the table's own spacing
+
+
+def test_number_of_evaluations_is_the_number_asked_for():
+    process, calls = Diffusion(alpha_bar_cosine(1000)), []
+    for sampler, steps in [("ddpm", 250), ("ddim", 7), ("dpm++", 1), ("dpm++", 8)]:
+        calls.clear()
+        process.sample(lambda xt, t, y: calls.append(1) or xt * 0, (1, 2), sampler=sampler, steps=steps)
+        assert len(calls) == steps
+    with pytest.raises(ValueError, match="1..1000"):
+        process.sample(denoiser, (1, 2), steps=1001)
+
+
+# -- samplers against distributions in closed form ----------------------------------------------------------------------
+
+
+def gaussian_denoiser(process, mu, sd):
+    """The optimal x0 of data N(mu, sd^2): the posterior mean given xt."""
+
+    def model(xt, t, y=None):
+        a, s = process.a[int(t[0])], process.s[int(t[0])]
+        return mu + a * sd**2 / (a**2 * sd**2 + s**2) * (xt - a * mu)
+
+    return model
+
+
+@pytest.mark.parametrize("sampler, spacing, order", [("ddim", "trailing", 1), ("dpm++", "karras", 2)])
+def test_deterministic_samplers_converge_at_their_order(sampler, spacing, order):
+    """For Gaussian data the exact map of the noise x at step t is mu + sd (x - a mu) / sqrt(a^2 sd^2 + s^2)."""
+    process, mu, sd = Diffusion(alpha_bar_cosine(20_000), "x0"), 0.3, 0.5
+    x, errors = torch.randn(64, 1, generator=rng(3)), []
+    for steps in (20, 40, 80):
+        t = process.timesteps(steps, spacing)[0]
+        exact = mu + sd * (x - process.a[t] * mu) / math.sqrt(process.a[t] ** 2 * sd**2 + process.s[t] ** 2)
+        got = process.sample(gaussian_denoiser(process, mu, sd), (64, 1), sampler=sampler, steps=steps, generator=rng(3))
+        errors.append((got - exact).abs().mean().item())
+    rates = [math.log2(a / b) for a, b in zip(errors, errors[1:])]
+    assert all(order - 0.25 < rate < order + 0.6 for rate in rates), (errors, rates)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_samples_have_the_standard_deviation_of_the_data(name):
+    """The slip of one index in DDIM that a peer has gives 0.49 here at 299 of 300 steps."""
+    process, sd = Diffusion(SCHEDULES[name](300), "x0"), 0.5
+    for sampler, steps in [("ddim", 299), ("ddim", 300), ("ddpm", 300), ("dpm++", 50)]:
+        x = process.sample(gaussian_denoiser(process, 0.0, sd), (20_000, 1), sampler=sampler, steps=steps, generator=rng(1))
+        assert abs(x.std() / sd - 1) < (0.04 if sampler == "ddpm" else 0.025), (sampler, steps)  # ddpm: its own error at T = 300
+
+
+@pytest.mark.parametrize("settings", [dict(sampler="ddpm", steps=300), dict(sampler="ddim", steps=300, eta=0.5), dict(sampler="dpm++", steps=60)])
+def test_samplers_reach_a_mixture(settings):
+    """Data 0.3 N(-1, 0.1^2) + 0.7 N(0.8, 0.2^2), whose posterior mean is known: Wasserstein distance of samples to the data."""
+    process = Diffusion(alpha_bar_cosine(1000), "x0")
+    w, mu, sd = torch.tensor([0.3, 0.7]), torch.tensor([-1.0, 0.8]), torch.tensor([0.1, 0.2])
+
+    def model(xt, t, y):
+        a, s = process.a[int(t[0])], process.s[int(t[0])]
+        var = a**2 * sd**2 + s**2
+        p = (w.log() - var.log() / 2 - (xt - a * mu) ** 2 / (2 * var)).softmax(-1)  # (B, 2)
+        return (p * (mu + a * sd**2 / var * (xt - a * mu))).sum(-1, keepdim=True)
+
+    x = process.sample(model, (20_000, 1), generator=rng(0), **settings)[:, 0]
+    k = torch.multinomial(w, 20_000, replacement=True, generator=rng(1))
+    data = mu[k] + sd[k] * torch.randn(20_000, generator=rng(2))
+    assert scipy.stats.wasserstein_distance(x, data) < 0.035
+
+
+def test_ddpm_steps_have_the_posterior_of_eq_7():
+    """With a denoiser that knows x0, a step from t to t-1 is a draw of q(x_{t-1} | x_t, x0)."""
+    alpha_bar, x0 = alpha_bar_cosine(12), torch.full((100_000, 1), 0.7)
+    process = Diffusion(alpha_bar, "x0")
+    xt = torch.randn(100_000, 1, generator=rng(5))
+    for u, xu, _ in process.trajectory(lambda x, t, y: x0, (100_000, 1), sampler="ddpm", steps=12, generator=rng(5)):
+        if u:
+            beta = 1 - alpha_bar[u + 1] / alpha_bar[u]
+            mean = alpha_bar[u].sqrt() * beta * x0 + (1 - beta).sqrt() * (1 - alpha_bar[u]) * xt
+            z = (xu - mean / (1 - alpha_bar[u + 1])) / ((1 - alpha_bar[u]) / (1 - alpha_bar[u + 1]) * beta).sqrt()
+            assert abs(z.mean()) < 0.02 and abs(z.std() - 1) < 0.02
+        xt = xu
+    assert torch.equal(xt, x0)  # and the last step adds no noise
+
+
+def test_guidance_clip_and_shape_of_the_trajectory():
+    process, settings = Diffusion(alpha_bar_cosine(100), "x0"), dict(sampler="ddim", steps=5, generator=rng())
+    conditional = lambda xt, t, y: torch.full_like(xt, 0.1 if y is None else 0.3)
+    y = torch.zeros(4, dtype=torch.long)
+    assert process.sample(conditional, (4, 2), y, guidance=0.0, **settings).unique().tolist() == pytest.approx([0.3])
+    assert process.sample(conditional, (4, 2), y, guidance=2.0, **settings).unique().tolist() == pytest.approx([0.7])  # 3 * 0.3 - 2 * 0.1
+    assert process.sample(conditional, (4, 2), y, guidance=9.0, clip=1.0, **settings).unique().tolist() == [1.0]
+    assert [t for t, _, _ in process.trajectory(conditional, (4, 2), y, **settings)] == [80, 60, 40, 20, 0]
+
+
+# -- denoisers ----------------------------------------------------------------------------------------------------------
+
+
+def context(B, L=5, d=6):
+    return torch.randn(B, L, d, generator=rng(9)), torch.arange(L) < torch.arange(2, 2 + B)[:, None].clamp(max=L)
+
+
+def make(name):
+    """A small denoiser, a batch x0 for it, and a condition."""
+    torch.manual_seed(0)
+    y = torch.tensor([0, 1, 2, 1])
+    if name == "unet":
+        return UNet(3, (16, 32), (1, 2), classes=3), torch.randn(4, 3, 8, 12), y
+    if name == "patches":
+        return Transformer(3, 64, depth=2, patch=4, classes=3), torch.randn(4, 3, 8, 12), y
+    return Transformer(5, 64, depth=2, classes=3, d_context=6), torch.randn(4, 7, 5), (y, *context(4))
+
+
+DENOISERS = ["unet", "patches", "vectors"]
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_denoiser_overfits_one_batch(name):
+    """It learns to tell four samples apart by xt and their condition, and DDIM finds them again."""
+    model, x0, y = make(name)
+    process, opt = Diffusion(alpha_bar_cosine(100)), torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0)
+    losses = []
+    for step in range(400):
+        loss = process.loss(model, x0.repeat(4, *[1] * (x0.dim() - 1)), tuple(c.repeat(4, *[1] * (c.dim() - 1)) for c in y) if isinstance(y, tuple) else y.repeat(4))
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        losses.append(loss.item())
+    assert np.mean(losses[-20:]) < 0.15 * losses[0]
+    found = process.sample(model, x0.shape, y, sampler="ddim", steps=20, generator=rng(4))
+    nearest = torch.cdist(found.flatten(1), x0.flatten(1)).min(1).values / math.sqrt(x0[0].numel())
+    assert nearest.mean() < 0.3  # per-element distance; unrelated standard normals are at 1.4
+
+
+def stir(model):
+    """Replace the zeros that a denoiser starts with, so that nothing hides behind them."""
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1) if not p.any() else None
+    return model
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_denoiser_starts_at_zero_and_every_parameter_gets_a_gradient(name):
+    model, x0, y = make(name)
+    assert not model(x0, torch.full((4,), 10), y).any()
+    stir(model)
+    (model(x0, torch.tensor([1, 10, 50, 100]), y) * torch.randn(x0.shape, generator=rng())).sum().backward()
+    for parameter_name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.any(), parameter_name
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_denoiser_sees_step_condition_and_treats_samples_apart(name):
+    model, x0, y = make(name)
+    model, t = stir(model).eval(), torch.full((4,), 10)
+    out, pick = model(x0, t, y), lambda c: tuple(v[:1] for v in c) if isinstance(c, tuple) else c[:1]
+    torch.testing.assert_close(model(x0[:1], t[:1], pick(y)), out[:1], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(model(x0, t + 50, y), out, atol=1e-3)
+    nothing = drop_condition(y, 1.0)
+    assert not torch.allclose(model(x0, t, nothing), out, atol=1e-3)
+    torch.testing.assert_close(model(x0, t, nothing), model(x0, t, None), rtol=1e-4, atol=1e-5)
+
+
+def test_masked_context_counts_for_nothing_and_the_rest_counts():
+    model, x0, (y, c, mask) = make("vectors")
+    model, t = stir(model).eval(), torch.full((4,), 10)
+    out = model(x0, t, (y, c, mask))
+    torch.testing.assert_close(model(x0, t, (y, torch.where(mask[..., None], c, 1e3), mask)), out)
+    assert not torch.allclose(model(x0, t, (y, torch.where(mask[..., None], c.flip(0), c), mask)), out, atol=1e-3)
+    torch.testing.assert_close(model(x0, t, (y, c[:, :5], mask)), model(x0, t, (y, torch.cat([c, c], 1), torch.cat([mask, mask & False], 1))))
+
+
+def test_denoisers_take_any_size_that_they_divide_and_name_the_others():
+    unet, vit, t = UNet(1, (8, 16, 16), (1, 1, 1)), Transformer(1, 32, 1, 2, patch=4), torch.ones(2, dtype=torch.long)
+    for size in [(8, 8), (16, 12), (28, 28)]:
+        for model in (unet, vit):
+            assert model(torch.zeros(2, 1, *size), t).shape == (2, 1, *size)
+    for model in (unet, vit):
+        with pytest.raises(ValueError, match="divisible by .*4, got"):
+            model(torch.zeros(2, 1, 30, 28), t)
+    assert Transformer(5, 32, 1, 2)(torch.zeros(2, 9, 5), t).shape == (2, 9, 5)
+
+
+def test_drop_condition_rate_and_labels():
+    torch.manual_seed(0)
+    y = torch.arange(10_000) % 10
+    dropped = drop_condition(y, 0.1)
+    assert 0.08 < (dropped == -1).float().mean() < 0.12 and torch.equal(dropped[dropped >= 0], y[dropped >= 0])
+    labels, _, mask = drop_condition((y, torch.zeros(10_000, 2, 1), torch.ones(10_000, 2, dtype=torch.bool)), 0.1)
+    assert torch.equal(labels == -1, ~mask.any(1))  # label and context go together
+    embed = StepEmbedding(8, 10)
+    assert torch.equal(embed(torch.ones(1), torch.tensor([-1])), embed(torch.ones(1), None))

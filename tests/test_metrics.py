@@ -1,0 +1,102 @@
+"""metrics.py against torchmetrics, scipy and cases with a known answer."""
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from torchmetrics.image.kid import poly_mmd
+
+import metrics
+from data import load_images
+from training import UserError
+
+CPU = torch.device("cpu")
+
+
+def normal(n, seed, mean=0.0, scale=1.0):
+    return mean + scale * np.random.default_rng(seed).standard_normal((n, 8)) @ np.linspace(0.5, 2, 64).reshape(8, 8)
+
+
+def test_frechet_distance_equals_its_definition_and_is_zero_on_itself():
+    f, g = normal(300, 0), normal(200, 1, mean=0.5, scale=1.5)
+    s, r = np.cov(f, rowvar=False), np.cov(g, rowvar=False)
+    want = ((f.mean(0) - g.mean(0)) ** 2).sum() + np.trace(s + r - 2 * scipy.linalg.sqrtm(s @ r).real)
+    assert metrics.frechet_distance(f, g) == pytest.approx(want, rel=1e-4)
+    assert metrics.frechet_distance(f, f) == pytest.approx(0, abs=1e-4 * np.trace(s))
+    a, b = np.random.default_rng(0).standard_normal((2, 200_000, 2))
+    assert metrics.frechet_distance(a, 3 + 2 * b) == pytest.approx(2 * 9 + 2 * 1, rel=0.02)  # |mean|^2 + d (1 - 2)^2
+
+
+def test_kernel_distance_equals_torchmetrics_and_is_unbiased():
+    f, g = normal(120, 0), normal(100, 1, mean=0.5)
+    f = f[:100]  # theirs wants equal numbers
+    assert metrics.kernel_distance(f, g) == pytest.approx(poly_mmd(torch.as_tensor(f), torch.as_tensor(g)).item(), rel=1e-6)
+    same = [metrics.kernel_distance(normal(50, 2 * i), normal(50, 2 * i + 1)) for i in range(300)]
+    assert abs(np.mean(same)) < 4 * np.std(same) / np.sqrt(300)
+
+
+def test_precision_and_recall_see_missing_modes_and_stray_samples():
+    left, right = normal(200, 0), normal(200, 1, mean=100.0)
+    both = np.concatenate([left, right])
+    assert metrics.precision_recall(normal(200, 2), both) == (pytest.approx(1, abs=0.1), pytest.approx(0.5, abs=0.05))  # one mode missing
+    stray = np.concatenate([normal(200, 3), normal(200, 4, mean=-1000.0)])
+    assert metrics.precision_recall(stray, left)[0] == pytest.approx(0.5, abs=0.05)
+
+
+def test_nearest_ratio_tells_copies_from_new_samples():
+    train, test = normal(200, 0), normal(200, 1)
+    assert 0.8 < metrics.nearest_ratio(normal(200, 2), train, test)[0] < 1.2
+    ratio, nearest = metrics.nearest_ratio(train[:50] + 1e-6, train, test)
+    assert ratio < 1e-3 and (nearest == np.arange(50)).all()
+
+
+def test_classifier_is_seeded_cached_and_scores_rank_real_above_noise(tmp_path):
+    images = load_images("digits", "")
+    before = torch.random.get_rng_state()
+    net, accuracy = metrics.load_classifier(images, tmp_path, CPU, steps=150)
+    assert accuracy > 0.9 and torch.equal(before, torch.random.get_rng_state())
+    again, cached_accuracy = metrics.load_classifier(images, tmp_path, CPU, steps=150)
+    assert cached_accuracy == accuracy and len(list(tmp_path.iterdir())) == 1
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values()))
+    (tmp_path / "other").mkdir()
+    other, _ = metrics.load_classifier(images, tmp_path / "other", CPU, steps=150)
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), other.state_dict().values()))
+    g = torch.Generator().manual_seed(0)
+    noisy = (images.x[:300].float() + 40 * torch.randn(300, 1, 8, 8, generator=g)).clamp(0, 255).to(torch.uint8)
+    rows = metrics.score_images(noisy, images, net, CPU)
+    assert rows["samples"]["FD"] > 5 * rows["real"]["FD"] and rows["samples"]["precision"] < rows["real"]["precision"]
+    copies = metrics.score_images(images.x[:300], images, net, CPU)
+    assert copies["samples"]["nearest"] == 0
+
+
+def test_unlabelled_data_is_refused_with_a_reason(tmp_path):
+    images = load_images("digits", "")
+    images.names = []
+    with pytest.raises(UserError, match="at least two classes"):
+        metrics.load_classifier(images, tmp_path, CPU)
+
+
+def test_inception_fid_without_weights_says_so(monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("torchmetrics.image.fid.NoTrainInceptionV3", unreachable)
+    x = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
+    with pytest.raises(UserError, match="no route to host"):
+        metrics.inception_fid(x, x)
+
+
+def test_inception_fid_with_a_small_network_in_place_of_inception(monkeypatch):
+    """The wiring: grey becomes RGB, real and generated are told apart, equal sets are at 0."""
+
+    class Small(torch.nn.Module):
+        def __init__(self, *_, **__):
+            super().__init__()
+
+        def forward(self, x):
+            assert x.shape[1:] == (3, 28, 28) and x.dtype == torch.uint8
+            return x.flatten(1)[:, :2048].double() / 255
+
+    monkeypatch.setattr("torchmetrics.image.fid.NoTrainInceptionV3", Small)
+    x = torch.randint(0, 256, (150, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert metrics.inception_fid(x, x) == pytest.approx(0, abs=1e-3)
+    assert metrics.inception_fid(x // 2, x) > 0.05

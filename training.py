@@ -1,0 +1,303 @@
+"""What every training loop needs once: device, precision, DDP, seeds, EMA, checkpoints, log and curve, and the way a script exits.
+
+Every random draw of a training step is a function of (seed, step, rank), so a run that was killed at any moment and resumed
+ends with the same bits as one that was not (on one device, CPU).
+"""
+import csv
+import functools
+import json
+import os
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import tyro
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: what was got, what is wanted, what to do. `run_script` prints it and exits with status 2."""
+
+
+def run_script(config_class, main, doc: str) -> None:
+    """Read the configuration from the command line and call main(cfg); a UserError is one message and exit status 2.
+
+    With --sample_from or --score_from the defaults are those of the checkpoint, so that flags override only what they name.
+    """
+    parse = functools.partial(tyro.cli, config_class, description=doc)
+    try:
+        cfg = parse()
+        if path := cfg.sample_from or cfg.score_from:
+            saved = load_checkpoint(path, config_class.kind)["config"]
+            try:
+                cfg = parse(default=config_class(**saved | dict(out=cfg.out, device=cfg.device, resume=False)))
+            except (TypeError, ValueError) as error:
+                raise UserError(f"{path} has a configuration of another version of this script: {error}") from error
+        main(cfg)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is cuda where there is one, else mps, else cpu. Raises UserError for one that is not there."""
+    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(d for d in have if have[d]) if name == "auto" else name
+    if not have[name]:
+        raise UserError(f"--device {name} is not available here; choose one of {', '.join(d for d in have if have[d])}, or auto")
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies in bfloat16: recent CUDA cards, and CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def autocast(device: torch.device, precision: str):
+    """Context in which matrix products and convolutions run in bf16 ("bf16", or "auto" where the hardware has it) or float32 ("fp32")."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" or precision == "auto" and has_bf16(device))
+
+
+def seed_step(seed: int, step: int, rank: int = 0) -> None:
+    """Make every later draw of torch a function of (seed, step, rank)."""
+    torch.manual_seed(hash((seed, step, rank)) % 2**63)  # tuples of ints hash alike in every process
+
+
+def batch_indices(n: int, batch_size: int, seed: int, step: int) -> Tensor:
+    """Indices (batch_size,) of step 1, 2, ...: one seeded permutation of 0..n-1 after the other, cut into batches."""
+    start = (step - 1) * batch_size
+    epochs = range(start // n, (start + batch_size - 1) // n + 1)
+    perms = [torch.randperm(n, generator=torch.Generator().manual_seed(hash((seed, epoch)) % 2**63)) for epoch in epochs]
+    return torch.cat(perms)[start - epochs[0] * n :][:batch_size]
+
+
+# -- checkpoints --------------------------------------------------------------------------------------------------------
+
+
+def write_atomic(path: Path, write) -> None:
+    """Call write(file) on a temporary file beside `path`, flush it to disk and rename it: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(tmp, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def load_checkpoint(path, kind: str) -> dict:
+    """The checkpoint of script `kind` at `path`, on the CPU. Raises UserError where it is missing, damaged, unsafe or of another script."""
+    if not Path(path).is_file():
+        raise UserError(f"no checkpoint at {path}; a training run writes out/NAME/last.pt")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # plain types only: a hostile file can run nothing
+    except Exception as error:  # torch raises a different type for each way in which a file can be broken
+        reason = str(error).splitlines()[0][:120]
+        raise UserError(f"{path} is not a checkpoint that can be loaded safely (truncated, or holding code?): {reason}") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("kind") != kind:
+        raise UserError(f"{path} is not a checkpoint of {kind}.py; give one that {kind}.py has written (out/NAME/last.pt)")
+    return checkpoint
+
+
+def load_weights(model: nn.Module, weights: dict, path) -> None:
+    """Load `weights` of the checkpoint at `path`. Raises UserError where they are another model's."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{path} holds the weights of another model: {str(error).splitlines()[1].strip()[:200]}") from error
+
+
+# -- the loop -----------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """One training run in its folder cfg.out: `for step, batch in run.steps(n): run.update(loss of run.model on batch)`.
+
+    cfg: a script's Config with out, seed, device, precision, compile, max_steps, batch_size, lr, warmup, ema_decay, log_every,
+    save_every and resume, and the class constants kind (the script's name) and fixed (fields that a resumed run may not change). facts: what the
+    data says and sampling needs (plain types); a resumed run must agree with it. run.model is the network to train, run.ema the averaged one to sample from.
+    Raises UserError where the folder holds a run already and cfg.resume is off, or where the two do not fit.
+    """
+
+    def __init__(self, cfg, model: nn.Module, device: torch.device, facts: dict):
+        self.cfg, self.kind, self.device, self.facts = cfg, cfg.kind, device, facts
+        self.out, self.step, self.seconds, self.losses = Path(cfg.out), 0, 0.0, []
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if cfg.batch_size % self.world:
+            raise UserError(f"--batch_size {cfg.batch_size} must be divisible by the {self.world} processes of torchrun")
+        self.net = model.to(device)
+        self.ema = AveragedModel(self.net, multi_avg_fn=self._average).eval()
+        self.opt = torch.optim.AdamW(self.net.parameters(), lr=cfg.lr, weight_decay=0.0, fused=device.type != "mps")
+        path = self.out / "last.pt"
+        if path.exists() and not cfg.resume:
+            raise UserError(f"{path} exists already: add --resume to go on with that run, or choose another folder with --out")
+        self.resumed = path.exists()
+        if self.resumed:
+            self._load(path)
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if cfg.compile:
+            self.net.compile()  # in place: names in the checkpoint stay plain
+        ids = [device.index] if device.type == "cuda" else None
+        self.model = DistributedDataParallel(self.net, device_ids=ids) if self.world > 1 else self.net
+
+    @property
+    def main(self) -> bool:
+        """Whether this process is the one that writes files and prints."""
+        return self.rank == 0
+
+    def steps(self, n: int):
+        """Yield (step, indices of this process's part of the batch) for n samples; log, save and stop at signals in between."""
+        cfg, local, stop = self.cfg, self.cfg.batch_size // self.world, []
+
+        def on_signal(number, _):
+            stop.append(number)
+            signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+
+        before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        if self.main:
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.out / "config.json", lambda f: f.write(json.dumps(asdict(cfg), indent=2).encode()))
+            self._trim_log()
+        bar = tqdm(total=cfg.max_steps, initial=self.step, unit="step", disable=not (self.main and sys.stderr.isatty()), dynamic_ncols=True)
+        self.logged = (self.step, time.perf_counter())
+        try:
+            while self.step < cfg.max_steps:
+                self.step += 1
+                part = slice(self.rank * local, (self.rank + 1) * local)
+                indices = batch_indices(n, cfg.batch_size, cfg.seed, self.step)[part].to(self.device)
+                seed_step(cfg.seed, self.step, self.rank)
+                yield self.step, indices
+                bar.update()
+                last = self.step == cfg.max_steps
+                if self.step % cfg.log_every == 0 or last or (stop and self.world == 1):
+                    stop = self._log(bar, stop)
+                if self.step % cfg.save_every == 0 or last or stop:
+                    self.save()
+                if stop and not last:
+                    bar.close()
+                    if self.main:
+                        print(f"stopped by {signal.Signals(stop[0]).name} at step {self.step}, saved; add --resume to the command to go on", flush=True)
+                    sys.exit(128 + stop[0])
+        finally:
+            bar.close()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def update(self, loss: Tensor) -> None:
+        """One optimizer step on a scalar loss: backward, clip the gradient's norm to 1, AdamW with linear warm-up, EMA. No host sync."""
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        for group in self.opt.param_groups:
+            group["lr"] = self.cfg.lr * min(1.0, self.step / max(1, self.cfg.warmup))
+        self.opt.step()
+        self.opt.zero_grad()
+        self.ema.update_parameters(self.net)
+        self.losses.append(loss.detach())
+
+    def save(self) -> None:
+        """Write last.pt: config, facts, step, weights, EMA and optimizer, as tensors and plain types."""
+        self._check_finite()  # so that the last good checkpoint stays the last one
+        state = dict(kind=self.kind, config=asdict(self.cfg), facts=self.facts, step=self.step, seconds=self.seconds)
+        state |= dict(model=self.net.state_dict(), ema=self.ema.module.state_dict(), opt=self.opt.state_dict())
+        if self.main:
+            write_atomic(self.out / "last.pt", lambda f: torch.save(state, f))
+
+    def _average(self, ema: list, params: list, _) -> None:
+        decay = min(self.cfg.ema_decay, (1 + self.step) / (10 + self.step))  # the ramp lets a short run forget its first weights
+        torch._foreach_lerp_(ema, params, 1 - decay)
+
+    def _load(self, path: Path) -> None:
+        old = load_checkpoint(path, self.kind)
+        new = asdict(self.cfg)
+        for name in self.cfg.fixed:
+            if old["config"].get(name) != new[name]:
+                raise UserError(f"--resume with --{name} {new[name]}, but {path} was trained with {old['config'].get(name)}: keep it, or choose another --out")
+        for name, value in self.facts.items():
+            if old["facts"].get(name) != value:
+                raise UserError(f"--resume on other data: its {name} is {value}, but {path} was trained with {old['facts'].get(name)}; choose another --out")
+        load_weights(self.net, old["model"], path)
+        load_weights(self.ema.module, old["ema"], path)
+        self.opt.load_state_dict(old["opt"])
+        self.ema.n_averaged += old["step"]  # not zero: the next update averages, it does not copy
+        self.step, self.seconds = old["step"], old["seconds"]
+        if self.main:
+            print(f"resumed {path} at step {self.step}")
+
+    def _check_finite(self) -> None:
+        losses = torch.stack(self.losses).float() if self.losses else torch.zeros(1, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(losses)
+        bad = (~losses.isfinite()).nonzero()
+        if len(bad):
+            step = self.step - len(losses) + 1 + bad[0].item()
+            raise UserError(f"the loss of step {step} is not finite; {self.out / 'last.pt'} keeps the last good state, if any: lower --lr, then --resume")
+
+    def _log(self, bar, stop: list) -> list:
+        """Read the losses since the last log (the only host sync), write them down, and agree between processes whether to stop."""
+        self._check_finite()
+        losses = torch.stack(self.losses).mean().cpu() if self.losses else torch.zeros(())
+        state = torch.tensor([losses.item(), stop[0] if stop else 0], device=self.device)
+        if self.world > 1:
+            dist.all_reduce(state)
+            state[0] /= self.world
+            stop = stop or ([int(signal.SIGTERM)] if state[1] else [])
+        step, start = self.logged
+        now = time.perf_counter()
+        self.losses, self.logged = [], (self.step, now)
+        self.seconds += now - start
+        rate = (self.step - step) / (now - start)
+        if self.main:
+            with open(self.out / "log.csv", "a", newline="") as file:
+                row = [self.step, f"{state[0]:.6f}", f"{self.opt.param_groups[0]['lr']:.3g}", f"{self.seconds:.2f}", f"{rate * self.cfg.batch_size:.1f}"]
+                csv.writer(file).writerow(row)
+            bar.set_postfix_str(f"loss {state[0]:.4f}")
+            if bar.disable:
+                left = (self.cfg.max_steps - self.step) / rate
+                print(f"step {self.step}/{self.cfg.max_steps}  loss {state[0]:.4f}  {rate:.1f} steps/s  {left:.0f} s left", flush=True)
+        return stop
+
+    @contextmanager
+    def pause(self):
+        """Leave what happens inside (sampling, scoring) out of the rate and of the training seconds."""
+        start = time.perf_counter()
+        yield
+        self.logged = (self.logged[0], self.logged[1] + time.perf_counter() - start)
+
+    def _trim_log(self) -> None:
+        """Keep of log.csv what the checkpoint has seen: a killed run may have logged steps that it will now do again."""
+        path, header = self.out / "log.csv", "step,loss,lr,seconds,samples_per_second"
+        rows = path.read_text().splitlines()[1:] if self.resumed and path.exists() else []
+        rows = [r for r in rows if int(r.split(",")[0]) <= self.step]
+        write_atomic(path, lambda f: f.write("\n".join([header, *rows, ""]).encode()))
+
+    def curve(self) -> Path:
+        """Draw log.csv as curve.png."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        rows = list(csv.DictReader(open(self.out / "log.csv")))
+        fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+        ax.plot([int(r["step"]) for r in rows], [float(r["loss"]) for r in rows])
+        ax.set(xlabel="step", ylabel="training loss", yscale="log", title=str(self.out))
+        fig.savefig(self.out / "curve.png", dpi=120)
+        plt.close(fig)
+        return self.out / "curve.png"
