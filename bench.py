@@ -1,8 +1,8 @@
 """Speed and quality beside the peers, in one interleaved run on the same data and device.
 
-    pip install -r requirements-bench.txt
-    python bench.py images                                  FashionMNIST from ./data; about 45 CPU minutes
-    python bench.py images --seconds 0                      speed only, about 6 CPU minutes
+    pip install -r requirements-dev.txt
+    python bench.py images                                  FashionMNIST from ./data; about 30 minutes on two CPU cores
+    python bench.py images --seconds 0                      speed only, about 4 minutes
 
 Peers: diffusers' UNet2DModel and denoising-diffusion-pytorch's Unet, each with its own loss, at comparable parameter counts. All are
 unconditional and share the batch, optimizer, learning rate, warm-up, clipping and EMA of imagen.py; what differs is the network and the recipe.
@@ -14,12 +14,13 @@ import re
 import sys
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+import tyro
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
@@ -34,21 +35,21 @@ from training import UserError, autocast, batch_indices, pick_device, run_script
 class Config:
     """Settings of a comparison."""
 
-    what: Literal["images"] = "images"  # what to compare
+    what: tyro.conf.Positional[Literal["images"]]  # what to compare
     dataset: str = "fashionmnist"  # any data set of imagen.py with classes, one channel and sides divisible by 4
     data_dir: str = "data"  # where torchvision finds its data sets, or puts them
     rounds: int = 7  # interleaved rounds of the speed measurement
     round_steps: int = 4  # training steps of each side in a round
-    seconds: float = 120.0  # training seconds of each side before it is scored; 0 leaves scores out
+    seconds: float = 90.0  # training seconds of each side before it is scored; 0 leaves scores out
     seeds: tuple[int, ...] = (0, 1, 2)  # seeds of the scored training runs
-    score_n: int = 500  # samples of a score; at most the number of training images
+    score_n: int = 250  # samples of a score; at most the number of training images
     batch_size: int = 64  # images of a training step
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda where there is one, else mps, else cpu
     out: str = "out/bench"  # folder of the sample grids and of the cached classifier
-    sample_from: str = ""  # not used by the benchmark
-    score_from: str = ""  # not used by the benchmark
 
-    kind = "bench"
+    def __post_init__(self):
+        if min(self.rounds, self.round_steps, self.batch_size, len(self.seeds)) < 1 or self.seconds < 0 or self.score_n < 10:
+            raise ValueError("rounds, round_steps, batch_size and the number of seeds must be at least 1, seconds 0, score_n 10")
 
 
 class Ours:
@@ -106,8 +107,9 @@ class Lucidrains:
     usual = 1000
 
     def __init__(self, size: int, device):
-        from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+        from denoising_diffusion_pytorch import GaussianDiffusion, Unet, denoising_diffusion_pytorch
 
+        denoising_diffusion_pytorch.tqdm = lambda steps, **_: steps  # no bar for each of its loops
         self.model = Unet(dim=28, dim_mults=(1, 2, 4), channels=1).to(device)
         self.process = GaussianDiffusion(self.model, image_size=size, sampling_timesteps=50).to(device)
         self.call = lambda model, x, t: model(x, t)
@@ -247,7 +249,10 @@ def main(cfg: Config) -> None:
     images = load_images(cfg.dataset, cfg.data_dir)
     if images.x.shape[1] != 1 or images.x.shape[-1] % 4:
         raise UserError(f"the peers are set up for one channel and sides divisible by 4, got {tuple(images.x.shape[1:])}; choose another --dataset")
-    libraries = ", ".join(f"{p} {version(p)}" for p in ("torch", "diffusers", "denoising-diffusion-pytorch"))
+    try:
+        libraries = ", ".join(f"{p} {version(p)}" for p in ("torch", "diffusers", "denoising-diffusion-pytorch"))
+    except PackageNotFoundError as error:
+        raise UserError(f"{error.name} is not installed; the peers come with: pip install -r requirements-dev.txt") from error
     print(f"{cfg.dataset}, {len(images.x)} training images, batch {cfg.batch_size}; {device}, {torch.get_num_threads()} threads, {platform.machine()}; {libraries}\n")
     speed(cfg, images.x.to(device), device)
     if cfg.seconds:

@@ -224,7 +224,7 @@ def main(cfg: Config) -> None:
     process, model = build(cfg, facts, device)
     load_weights(model, checkpoint["ema"], path)
     model.eval()
-    tag = f"{cfg.sampler}_{cfg.steps}_seed{cfg.seed}"
+    tag = f"{cfg.sampler}_{cfg.steps}_eta{cfg.eta:g}_guidance{cfg.guidance:g}_seed{cfg.seed}"
     if cfg.sample_from:
         for picture in (grid, film):
             print("wrote", picture(cfg, process, model, facts, device, Path(cfg.out) / "samples" / f"{picture.__name__}_{tag}.png"))

@@ -30,12 +30,12 @@ class UserError(Exception):
 def run_script(config_class, main, doc: str) -> None:
     """Read the configuration from the command line and call main(cfg); a UserError is one message and exit status 2.
 
-    With --sample_from or --score_from the defaults are those of the checkpoint, so that flags override only what they name.
+    With --sample_from or --score_from, where a script has them, the defaults are those of the checkpoint, so that flags override only what they name.
     """
     parse = functools.partial(tyro.cli, config_class, description=doc)
     try:
         cfg = parse()
-        if path := cfg.sample_from or cfg.score_from:
+        if path := getattr(cfg, "sample_from", "") or getattr(cfg, "score_from", ""):
             saved = load_checkpoint(path, config_class.kind)["config"]
             try:
                 cfg = parse(default=config_class(**saved | dict(out=cfg.out, device=cfg.device, resume=False)))
@@ -80,8 +80,12 @@ def batch_indices(n: int, batch_size: int, seed: int, step: int) -> Tensor:
     """Indices (batch_size,) of step 1, 2, ...: one seeded permutation of 0..n-1 after the other, cut into batches."""
     start = (step - 1) * batch_size
     epochs = range(start // n, (start + batch_size - 1) // n + 1)
-    perms = [torch.randperm(n, generator=torch.Generator().manual_seed(hash((seed, epoch)) % 2**63)) for epoch in epochs]
-    return torch.cat(perms)[start - epochs[0] * n :][:batch_size]
+    return torch.cat([permutation(n, seed, epoch) for epoch in epochs])[start - epochs[0] * n :][:batch_size]
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(n: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(hash((seed, epoch)) % 2**63))
 
 
 # -- checkpoints --------------------------------------------------------------------------------------------------------

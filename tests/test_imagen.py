@@ -78,12 +78,12 @@ def test_sampling_takes_its_configuration_from_the_file_and_flags_override(train
     out, _ = trained
     monkeypatch.setattr(imagen, "load_images", lambda *_: pytest.fail("sampling must not load data"))
     assert cli("imagen", "--sample_from", out / "last.pt")[0] == 0  # --channels 8 16 are not repeated
-    plain = (out / "samples/grid_dpm++_10_seed0.png").read_bytes()
+    plain = (out / "samples/grid_dpm++_10_eta0_guidance0_seed0.png").read_bytes()
     assert cli("imagen", "--sample_from", out / "last.pt", "--sampler", "ddim", "--steps", 3, "--seed", 5)[0] == 0
-    assert (out / "samples/grid_ddim_3_seed5.png").read_bytes() != plain
+    assert (out / "samples/grid_ddim_3_eta0_guidance0_seed5.png").read_bytes() != plain
     assert cli("imagen", "--sample_from", out / "last.pt")[0] == 0
-    assert (out / "samples/grid_dpm++_10_seed0.png").read_bytes() == plain  # the same seed, the same pictures
-    assert (out / "samples/film_ddim_3_seed5.png").exists()
+    assert (out / "samples/grid_dpm++_10_eta0_guidance0_seed0.png").read_bytes() == plain  # the same seed, the same pictures
+    assert (out / "samples/film_ddim_3_eta0_guidance0_seed5.png").exists()
     assert load_checkpoint(out / "last.pt", "imagen")["step"] == 60  # and the run is as it was
 
 
@@ -100,7 +100,7 @@ def test_score_from_prints_the_table_and_shows_nearest_images(trained, cli, monk
     monkeypatch.setattr("metrics.inception_fid", lambda samples, real: 12.25 if samples.shape[1:] == real.shape[1:] else None)
     status, printed = cli("imagen", "--score_from", out / "last.pt")
     assert status == 0 and "Inception FID 12.25 (n=40 against 360)" in printed
-    assert (out / "samples/nearest_dpm++_10_seed0.png").exists()
+    assert (out / "samples/nearest_dpm++_10_eta0_guidance0_seed0.png").exists()
     rows = [line for line in printed.splitlines() if line.startswith("  samples")]
     assert rows and rows[0] in printed_by_training  # the same weights, seed and n: the same figures
 

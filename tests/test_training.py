@@ -147,6 +147,12 @@ def test_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_last_good_ch
     assert toy(Config(str(tmp_path), resume=True)).step == 10
 
 
+def test_a_bad_state_is_not_saved_even_before_its_loss_is_logged(tmp_path):
+    with pytest.raises(UserError, match="loss of step 4 is not finite"):
+        toy(Config(str(tmp_path), log_every=5), poison=4)
+    assert not (tmp_path / "last.pt").exists()
+
+
 def test_log_holds_each_step_once_after_a_crash(tmp_path):
     with pytest.raises(UserError):
         toy(Config(str(tmp_path)), poison=7)  # logged step 6, saved step 4
@@ -170,6 +176,9 @@ def test_write_atomic_leaves_the_old_file_where_the_new_one_fails(tmp_path):
     with pytest.raises(RuntimeError):
         write_atomic(path, lambda f: (f.write(b"half"), (_ for _ in ()).throw(RuntimeError()))[0])
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    os.link(path, tmp_path / "reader")  # as a reader that has the old file open
+    write_atomic(path, lambda f: f.write(b"new"))
+    assert path.read_bytes() == b"new" and (tmp_path / "reader").read_bytes() == b"old"
 
 
 class Bomb:
