@@ -1,11 +1,12 @@
 """Speed and quality beside the peers, in one interleaved run on the same data and device.
 
     pip install -r requirements-dev.txt
-    python bench.py images                                  FashionMNIST from ./data; about 30 minutes on two CPU cores
+    python bench.py images                                  FashionMNIST from ./data; about 70 minutes on two CPU cores
     python bench.py images --seconds 0                      speed only, about 4 minutes
 
 Peers: diffusers' UNet2DModel and denoising-diffusion-pytorch's Unet, each with its own loss, at comparable parameter counts. All are
-unconditional and share the batch, optimizer, learning rate, warm-up, clipping and EMA of imagen.py; what differs is the network and the recipe.
+unconditional and share the batch, optimizer, learning rate, warm-up, clipping and EMA of imagen.py; what differs is the network, the recipe, and that
+ours runs in bf16 where the hardware has it (but for the row "ours, fp32") while the peers run as they come, in float32.
 """
 import math
 import multiprocessing
@@ -40,12 +41,12 @@ class Config:
     data_dir: str = "data"  # where torchvision finds its data sets, or puts them
     rounds: int = 7  # interleaved rounds of the speed measurement
     round_steps: int = 4  # training steps of each side in a round
-    seconds: float = 90.0  # training seconds of each side before it is scored; 0 leaves scores out
+    seconds: float = 240.0  # training seconds of each side before it is scored; 0 leaves scores out
     seeds: tuple[int, ...] = (0, 1, 2)  # seeds of the scored training runs
     score_n: int = 250  # samples of a score; at most the number of training images
     batch_size: int = 64  # images of a training step
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda where there is one, else mps, else cpu
-    out: str = "out/bench"  # folder of the sample grids and of the cached classifier
+    out: str = "out/bench"  # folder of the sample grids
 
     def __post_init__(self):
         if min(self.rounds, self.round_steps, self.batch_size, len(self.seeds)) < 1 or self.seconds < 0 or self.score_n < 10:
@@ -59,7 +60,7 @@ class Ours:
 
     def __init__(self, size: int, device, textbook: bool = False, precision: str = "auto"):
         recipe = dict(predict="eps", schedule="linear", weight="plain") if textbook else {}
-        self.cfg = imagen.Config(precision=precision, **recipe)
+        self.cfg = imagen.Config(precision=precision, seed=torch.initial_seed() % 2**31, **recipe)  # weights drawn as the peers draw theirs
         self.process, self.model = imagen.build(self.cfg, dict(shape=[1, size, size], names=[]), device)
         self.device, self.call = device, lambda model, x, t: model(x, t)
 
@@ -73,7 +74,7 @@ class Ours:
 
 
 class Diffusers:
-    """diffusers' UNet2DModel, DDPMScheduler's training noise and DDIMScheduler's or DDPMScheduler's steps."""
+    """diffusers' UNet2DModel, DDPMScheduler's training noise and DDIMScheduler's steps."""
 
     usual = 1000
 
@@ -94,10 +95,9 @@ class Diffusers:
     def sample(self, model, shape, generator, evaluations: int) -> Tensor:
         device = next(model.parameters()).device
         x = torch.randn(shape, generator=generator).to(device)
-        scheduler = self.noise if evaluations == 1000 else self.ddim
-        scheduler.set_timesteps(evaluations)
-        for t in scheduler.timesteps:
-            x = scheduler.step(model(x, t).sample, t, x).prev_sample
+        self.ddim.set_timesteps(evaluations)
+        for t in self.ddim.timesteps:
+            x = self.ddim.step(model(x, t).sample, t, x).prev_sample
         return x
 
 
@@ -121,7 +121,7 @@ class Lucidrains:
     def sample(self, model, shape, generator, evaluations: int) -> Tensor:
         self.process.model, self.process.sampling_timesteps = model, evaluations
         torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-        x = self.process.ddim_sample(shape) if evaluations < 1000 else self.process.p_sample_loop(shape)
+        x = self.process.ddim_sample(shape)
         self.process.model = self.model
         return x * 2 - 1
 
@@ -201,7 +201,7 @@ def speed(cfg: Config, x: Tensor, device) -> None:
             side.sample(trainer.ema, (64, *x.shape[1:]), torch.Generator().manual_seed(r), 10)
             synchronize(device)
             times[name].append((time.perf_counter() - start) * side.usual / 10)
-    print("| side | M parameters | MFLOP forward, an image | train images/s | ours / it, a round | peak MiB | evaluations, usual | s for 64 samples |")
+    print("| side | M parameters | MFLOP forward, an image | train images/s | ours / it, a round | peak MiB | evaluations, usual | s for 64 samples, from 10 evaluations |")
     print("|---|---|---|---|---|---|---|---|")
     for name, trainer in trainers.items():
         model = trainer.side.model
@@ -210,6 +210,7 @@ def speed(cfg: Config, x: Tensor, device) -> None:
         here, there = multiprocessing.get_context("spawn").Pipe()
         process = multiprocessing.get_context("spawn").Process(target=peak_memory, args=(name, x.shape[-1], cfg.batch_size, cfg.device, there))
         process.start()
+        there.close()  # so that a child that dies is an error here, not a wait for ever
         memory = here.recv()
         process.join()
         ratios = [a / b for a, b in zip(rates["ours"], rates[name])]
@@ -220,7 +221,7 @@ def speed(cfg: Config, x: Tensor, device) -> None:
 
 def quality(cfg: Config, images, device) -> None:
     """Print the distances of every scored side after cfg.seconds of training, for each seed, and their ratio to ours."""
-    net, accuracy = metrics.load_classifier(images, cfg.out, device)
+    net, accuracy = metrics.load_classifier(images, imagen.CACHE, device)
     x, scores = images.x.to(device), {name: [] for name in SCORED}
     print(f"\nAfter {cfg.seconds:g} training seconds, n={cfg.score_n} against {len(images.x_test)} test images (classifier accuracy {accuracy:.3f}):")
     for seed in cfg.seeds:
@@ -247,8 +248,8 @@ def quality(cfg: Config, images, device) -> None:
 def main(cfg: Config) -> None:
     device = pick_device(cfg.device)
     images = load_images(cfg.dataset, cfg.data_dir)
-    if images.x.shape[1] != 1 or images.x.shape[-1] % 4:
-        raise UserError(f"the peers are set up for one channel and sides divisible by 4, got {tuple(images.x.shape[1:])}; choose another --dataset")
+    if images.x.shape[1] != 1 or images.x.shape[-1] % 4 or images.x.shape[-1] != images.x.shape[-2]:
+        raise UserError(f"the peers are set up for one channel and square images of a side divisible by 4, got {tuple(images.x.shape[1:])}; choose another --dataset")
     try:
         libraries = ", ".join(f"{p} {version(p)}" for p in ("torch", "diffusers", "denoising-diffusion-pytorch"))
     except PackageNotFoundError as error:

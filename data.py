@@ -1,11 +1,12 @@
 """Where bytes on disk or on a hub become tensors. Images: uint8, the training and the held-out test split, whole in memory."""
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from training import UserError
+from training import UserError, reason
 
 TORCHVISION = {"fashionmnist": "FashionMNIST", "mnist": "MNIST", "cifar10": "CIFAR10"}
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
@@ -23,8 +24,9 @@ class Images:
     names: list[str]
 
     def facts(self) -> dict:
-        """What a checkpoint must know to sample and to notice other data: shape, number of training images, class names."""
-        return dict(shape=list(self.x.shape[1:]), images=len(self.x), names=self.names)
+        """What a checkpoint must know to sample and to notice other data: shape, number and checksum of training images, class names."""
+        checksum = hashlib.sha256(self.x.numpy().tobytes() + self.y.numpy().tobytes()).hexdigest()[:12]
+        return dict(shape=list(self.x.shape[1:]), images=len(self.x), names=self.names, checksum=checksum)
 
 
 def load_images(dataset: str, data_dir: str, image_size: int = 0) -> Images:
@@ -53,7 +55,7 @@ def _torchvision(name: str, root: str) -> Images:
     try:
         train, test = (getattr(torchvision.datasets, name)(root, train=split, download=True) for split in (True, False))
     except Exception as error:  # URLError, RuntimeError or OSError, as the download or the file goes wrong
-        raise UserError(f"{name} is not in {root} and could not be downloaded ({str(error).splitlines()[0][:100]}); {OFFLINE}") from error
+        raise UserError(f"{name} is not in {root} and could not be downloaded ({reason(error)}); {OFFLINE}") from error
     tensors = []
     for split in (train, test):
         x = torch.as_tensor(split.data)
@@ -73,7 +75,7 @@ def _folder(root: Path, image_size: int) -> Images:
     import numpy as np
     from PIL import Image
 
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
+    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     if not files:
         raise UserError(f"no image in {root}; its files, or those of its subfolders, must end in one of {' '.join(sorted(SUFFIXES))}")
     arrays = []

@@ -43,8 +43,8 @@ class Diffusion(nn.Module):
 
     def __init__(self, alpha_bar: Tensor, predict: str = "v", weight: str = "min-snr", gamma: float = 5.0):
         super().__init__()
-        if not alpha_bar[0] == 1 or not alpha_bar[-1] <= 0.01:
-            raise ValueError(f"alpha_bar must go from 1 to at most 0.01, got {alpha_bar[0]:.4g} to {alpha_bar[-1]:.4g}")
+        if not alpha_bar[0] == 1 or not 0 < alpha_bar[-1] <= 0.01:
+            raise ValueError(f"alpha_bar must go from 1 to at most 0.01 and above 0, got {alpha_bar[0]:.4g} to {alpha_bar[-1]:.4g}")
         if predict not in ("eps", "x0", "v") or weight not in ("plain", "min-snr"):
             raise ValueError(f"predict is eps, x0 or v and weight is plain or min-snr, got {predict!r} and {weight!r}")
         self.T, self.predict = len(alpha_bar) - 1, predict
@@ -83,7 +83,7 @@ class Diffusion(nn.Module):
     def timesteps(self, steps: int, spacing: str) -> list[int]:
         """Decreasing steps [t_1, ..., t_steps, 0]; "trailing": even, from T; "karras": even in sigma^(1/7), from sigma 80, EDM eq. 5.
 
-        Karras steps that fall on one integer are one step, so close to `steps` = T there may be fewer of them.
+        Karras steps that would fall on one integer move apart to neighbouring ones.
         """
         if not 1 <= steps <= self.T:
             raise ValueError(f"steps must be in 1..{self.T} (T), got {steps}")
@@ -93,7 +93,12 @@ class Diffusion(nn.Module):
         lo, hi = log_sigma[0].exp().item(), min(80.0, log_sigma[-1].exp().item())
         ramp = torch.linspace(hi ** (1 / 7), lo ** (1 / 7), steps, dtype=torch.float64) if steps > 1 else torch.tensor([hi ** (1 / 7)])
         t = (ramp.log()[:, None] * 7 - log_sigma).abs().argmin(1) + 1  # (steps,) the nearest step of the table
-        return sorted(set(t.tolist()), reverse=True) + [0]
+        t = t.tolist()
+        for i in range(steps):  # from the end up: the i-th lowest step is at least i + 1 ...
+            t[-1 - i] = max(t[-1 - i], t[-i] + 1 if i else 1)
+        for i in range(steps):  # ... and from the start down: the i-th highest at most T - i
+            t[i] = min(t[i], self.T - i)
+        return t + [0]
 
     @torch.no_grad()
     def trajectory(self, model, shape, y=None, *, sampler="dpm++", steps=10, eta=0.0, guidance=0.0, clip=None, generator=None):

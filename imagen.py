@@ -6,6 +6,7 @@
 """
 import dataclasses
 import math
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ import metrics
 from data import Images, load_images
 from diffusion import SCHEDULES, Diffusion, Transformer, UNet
 from training import Run, UserError, autocast, load_checkpoint, load_weights, pick_device, run_script
+
+
+CACHE = "out/classifiers"  # the scores' classifiers, one for each data set
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,10 @@ class Config:
                 if not low <= getattr(self, name) <= high:
                     raise ValueError(f"{name} must be in [{low}, {high}], got {getattr(self, name)}")
 
-        need("batch_size patch width depth T log_every sample_every save_every", 1)
-        need("max_steps warmup image_size guidance seed score_n", 0)
+        need("max_steps batch_size patch width depth T log_every sample_every save_every", 1)
+        need("warmup image_size score_n", 0)
+        need("seed", 0, 2**32)
+        need("guidance", 0, 1000)
         need("label_drop ema_decay eta", 0, 1)
         need("lr", 1e-9, 1)
         need("steps", 1, self.T)
@@ -116,7 +122,7 @@ def settings(cfg: Config) -> dict:
 
 
 def sample(cfg: Config, process: Diffusion, model, shape: list[int], y: Tensor, device: torch.device) -> Tensor:
-    """uint8 images (n, C, H, W) of labels y (n,) (-1: any), drawn with cfg.seed; each is the same whatever is drawn after it."""
+    """uint8 images (n, C, H, W) of labels y (n,) (-1: any), drawn with cfg.seed."""
     generator, parts = torch.Generator().manual_seed(cfg.seed), []
     for part in y.split(250):
         with autocast(device, cfg.precision):
@@ -133,7 +139,7 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 def save_grid(rows: list[Tensor], labels: list[str], path: Path) -> Path:
-    """One row of images for each tensor (n, C, H, W) uint8, its label in the margin; small images are enlarged."""
+    """One row of images for each tensor (n, C, H, W) uint8, its label in the margin; small images are enlarged smoothly."""
     zoom = max(1, 56 // rows[0].shape[-1])
     h, w = (side * zoom + 2 for side in rows[0].shape[-2:])
     margin = 8 * max(map(len, labels), default=0) + 8
@@ -142,7 +148,7 @@ def save_grid(rows: list[Tensor], labels: list[str], path: Path) -> Path:
         ImageDraw.Draw(canvas).text((4, i * h + h // 2 - 7), label, fill="black", font_size=13)
         for j, x in enumerate(row):
             picture = Image.fromarray(x.expand(3, -1, -1).permute(1, 2, 0).numpy())
-            canvas.paste(picture.resize((w - 2, h - 2), Image.Resampling.NEAREST), (margin + j * w, i * h))
+            canvas.paste(picture.resize((w - 2, h - 2), Image.Resampling.BICUBIC), (margin + j * w, i * h))
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.save(path)
     return path
@@ -194,14 +200,14 @@ def train(cfg: Config, device: torch.device) -> None:
             score(cfg, process, run.ema, images, device)
         except UserError as error:
             print(f"not scored: {error}")
-        print(f"sample again: python imagen.py --sample_from {out / 'last.pt'}")
+        print(f"sample again: python imagen.py --sample_from {shlex.quote(str(out / 'last.pt'))}")
 
 
 def score(cfg: Config, process: Diffusion, model, images: Images, device: torch.device) -> Tensor:
     """Print the distances of score_n samples to the test split, and those of as many training images; return the samples."""
-    if not cfg.score_n:
-        raise UserError("--score_n is 0: give the number of samples to score, 500 say")
-    net, accuracy = metrics.load_classifier(images, Path(cfg.out).parent, device)
+    if cfg.score_n < 10:
+        raise UserError(f"--score_n is {cfg.score_n}: give the number of samples to score, at least 10, better 500")
+    net, accuracy = metrics.load_classifier(images, CACHE, device)
     order = torch.randperm(len(images.y), generator=torch.Generator().manual_seed(cfg.seed))[: cfg.score_n]
     start = time.perf_counter()
     y = images.y[order]
@@ -217,7 +223,7 @@ def main(cfg: Config) -> None:
     device = pick_device(cfg.device)
     path = Path(cfg.sample_from or cfg.score_from)
     if not (cfg.sample_from or cfg.score_from):
-        return train(dataclasses.replace(cfg, out=cfg.out or f"out/{Path(cfg.dataset).name.lower()}"), device)
+        return train(dataclasses.replace(cfg, out=cfg.out or f"out/{Path(cfg.dataset).resolve().name.lower()}"), device)
     cfg = dataclasses.replace(cfg, out=cfg.out or str(path.parent))
     checkpoint = load_checkpoint(path, cfg.kind)
     facts = checkpoint["facts"]
@@ -234,7 +240,7 @@ def main(cfg: Config) -> None:
         raise UserError(f"{path} was trained on {facts}, but --dataset {cfg.dataset} is {images.facts()}")
     samples = score(cfg, process, model, images, device)
     shown = samples[:20]
-    net, _ = metrics.load_classifier(images, Path(cfg.out).parent, device)
+    net, _ = metrics.load_classifier(images, CACHE, device)
     _, nearest = metrics.nearest_ratio(metrics.features(net, shown, device), *(metrics.features(net, x, device) for x in (images.x, images.x_test)))
     rows = [shown[:10], images.x[nearest[:10]], shown[10:], images.x[nearest[10:]]]
     print("wrote", save_grid(rows, ["sample", "nearest training image"] * 2, Path(cfg.out) / "samples" / f"nearest_{tag}.png"))

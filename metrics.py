@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import Images
-from training import UserError, load_checkpoint, load_weights, write_atomic
+from training import UserError, reason, write_atomic
 
 
 class Classifier(nn.Module):
@@ -42,17 +42,21 @@ def load_classifier(images: Images, cache: str, device: torch.device, steps: int
     """The classifier of this data's training split and its accuracy on the test split; trained once (seed 0, random shifts of
     up to 2 pixels), then read from the folder `cache`, where the data's checksum names it.
 
-    Raises UserError where the data has no classes, or a split is empty.
+    Raises UserError where the data has fewer than two classes or ten test images.
     """
-    if len(images.names) < 2 or not len(images.x_test):
-        raise UserError("scores are taken in the features of a classifier: they need at least two classes (subfolders) and a test split")
-    checksum = hashlib.sha256(images.x.numpy().tobytes() + images.y.numpy().tobytes()).hexdigest()[:12]
-    path = Path(cache) / f"classifier_{checksum}_{steps}.pt"
+    if len(images.names) < 2 or len(images.x_test) < 10:
+        got = f"{len(images.names)} classes and {len(images.x_test)} test images"
+        raise UserError(f"scores are taken in the features of a classifier: they need at least two classes (subfolders) and 10 test images, got {got}")
     rng = torch.random.get_rng_state()  # the caller's draws stay as they would be without a score
     torch.manual_seed(0)
     net = Classifier(images.x.shape[1], len(images.names)).to(device)
+    version = hashlib.sha256(f"{net} {steps}".encode()).hexdigest()[:6]  # another network or training is another file
+    path = Path(cache) / f"{images.facts()['checksum']}_{version}.pt"
     if path.exists():
-        load_weights(net, load_checkpoint(path, "classifier")["model"], path)
+        try:
+            net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        except Exception as error:  # torch raises a different type for each way in which a file can be broken
+            raise UserError(f"the cached classifier {path} is damaged ({reason(error)}); delete it, and it is trained again") from error
     else:
         x, y = scale(images.x).to(device), images.y.to(device)
         opt = torch.optim.AdamW(net.parameters(), weight_decay=1e-2)
@@ -66,7 +70,7 @@ def load_classifier(images: Images, cache: str, device: torch.device, steps: int
             opt.step()
             opt.zero_grad()
             lr.step()
-        write_atomic(path, lambda f: torch.save(dict(kind="classifier", model=net.state_dict()), f))
+        write_atomic(path, lambda f: torch.save(net.state_dict(), f))
     torch.random.set_rng_state(rng)
     net.eval()
     with torch.no_grad():
@@ -90,7 +94,11 @@ def frechet_distance(f: np.ndarray, g: np.ndarray) -> float:
 def kernel_distance(f: np.ndarray, g: np.ndarray) -> float:
     """KID: unbiased squared MMD of features f (N, d) and g (M, d) under the kernel (x.y / d + 1)^3. Binkowski et al. 1801.01401."""
     k = lambda a, b: (a @ b.T / a.shape[1] + 1) ** 3
-    within = lambda a: (k(a, a).sum() - np.trace(k(a, a))) / (len(a) * (len(a) - 1))
+
+    def within(a):
+        kaa = k(a, a)
+        return (kaa.sum() - np.trace(kaa)) / (len(a) * (len(a) - 1))
+
     return float(within(f) + within(g) - 2 * k(f, g).mean())
 
 
@@ -98,7 +106,7 @@ def precision_recall(f: np.ndarray, g: np.ndarray, k: int = 3) -> tuple[float, f
     """Share of features f (N, d) inside the k-nearest-neighbour balls of real g (M, d), and of g inside those of f. 1904.06991 eq. 1-2."""
     from scipy.spatial.distance import cdist
 
-    covered = lambda a, b: float((cdist(a, b) <= np.sort(cdist(b, b), axis=1)[:, k]).any(axis=1).mean())
+    covered = lambda a, b: float((cdist(a, b) <= np.partition(cdist(b, b), k, axis=1)[:, k]).any(axis=1).mean())
     return covered(f, g), covered(g, f)
 
 
@@ -142,8 +150,7 @@ def inception_fid(samples: Tensor, real: Tensor) -> float:
 
         fid = FrechetInceptionDistance(feature=2048)
     except Exception as error:  # ModuleNotFoundError, or whatever the download raises
-        reason = str(error).splitlines()[0][:120]
-        raise UserError(f"Inception FID is not to be had: {reason}. It needs requirements-dev.txt and one download of the weights") from error
+        raise UserError(f"Inception FID is not to be had: {reason(error)}. It needs requirements-dev.txt and one download of the weights") from error
     for x, is_real in [(real, True), (samples, False)]:
         for part in x.split(100):
             fid.update(part.expand(-1, 3, -1, -1) if part.shape[1] == 1 else part, real=is_real)

@@ -32,7 +32,7 @@ def run_script(config_class, main, doc: str) -> None:
 
     With --sample_from or --score_from, where a script has them, the defaults are those of the checkpoint, so that flags override only what they name.
     """
-    parse = functools.partial(tyro.cli, config_class, description=doc)
+    parse = functools.partial(tyro.cli, config_class, description=doc, use_underscores=True)
     try:
         cfg = parse()
         if path := getattr(cfg, "sample_from", "") or getattr(cfg, "score_from", ""):
@@ -41,13 +41,21 @@ def run_script(config_class, main, doc: str) -> None:
                 cfg = parse(default=config_class(**saved | dict(out=cfg.out, device=cfg.device, resume=False)))
             except (TypeError, ValueError) as error:
                 raise UserError(f"{path} has a configuration of another version of this script: {error}") from error
+            for name in set(config_class.fixed) - {"seed", "batch_size", "dataset"}:
+                if getattr(cfg, name) != saved[name]:
+                    raise UserError(f"--{name} {getattr(cfg, name)}, but {path} was trained with {saved[name]}: leave the flag out")
         main(cfg)
-    except UserError as error:
+    except (UserError, OSError) as error:  # an OSError names the file
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def reason(error: Exception) -> str:
+    """The first line of what a library raised."""
+    return (str(error) or type(error).__name__).splitlines()[0][:150]
 
 
 def pick_device(name: str) -> torch.device:
@@ -112,10 +120,11 @@ def load_checkpoint(path, kind: str) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # plain types only: a hostile file can run nothing
     except Exception as error:  # torch raises a different type for each way in which a file can be broken
-        reason = str(error).splitlines()[0][:120]
-        raise UserError(f"{path} is not a checkpoint that can be loaded safely (truncated, or holding code?): {reason}") from error
+        raise UserError(f"{path} is not a checkpoint that can be loaded safely (truncated, or holding code?): {reason(error)}") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("kind") != kind:
         raise UserError(f"{path} is not a checkpoint of {kind}.py; give one that {kind}.py has written (out/NAME/last.pt)")
+    if missing := {"config", "facts", "step", "model", "ema", "opt"} - checkpoint.keys():
+        raise UserError(f"{path} lacks {', '.join(sorted(missing))}: it was not written whole by {kind}.py; train again, or take another")
     return checkpoint
 
 
@@ -123,8 +132,9 @@ def load_weights(model: nn.Module, weights: dict, path) -> None:
     """Load `weights` of the checkpoint at `path`. Raises UserError where they are another model's."""
     try:
         model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"{path} holds the weights of another model: {str(error).splitlines()[1].strip()[:200]}") from error
+    except (RuntimeError, TypeError) as error:
+        detail = " ".join(str(error).split())[:250]
+        raise UserError(f"{path} holds the weights of another model: {detail}") from error
 
 
 # -- the loop -----------------------------------------------------------------------------------------------------------
@@ -154,6 +164,8 @@ class Run:
         self.resumed = path.exists()
         if self.resumed:
             self._load(path)
+        elif cfg.resume and self.main:
+            print(f"nothing to resume: there is no {path}; starting from step 0")
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if cfg.compile:
@@ -168,10 +180,10 @@ class Run:
 
     def steps(self, n: int):
         """Yield (step, indices of this process's part of the batch) for n samples; log, save and stop at signals in between."""
-        cfg, local, stop = self.cfg, self.cfg.batch_size // self.world, []
+        cfg, local, signals = self.cfg, self.cfg.batch_size // self.world, []
 
         def on_signal(number, _):
-            stop.append(number)
+            signals.append(number)
             signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
 
         before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -189,31 +201,31 @@ class Run:
                 seed_step(cfg.seed, self.step, self.rank)
                 yield self.step, indices
                 bar.update()
-                last = self.step == cfg.max_steps
-                if self.step % cfg.log_every == 0 or last or (stop and self.world == 1):
-                    stop = self._log(bar, stop)
+                last, stop = self.step == cfg.max_steps, 0
+                if self.step % cfg.log_every == 0 or last or (signals and self.world == 1):
+                    stop = self._log(bar, signals[0] if signals else 0)
                 if self.step % cfg.save_every == 0 or last or stop:
                     self.save()
                 if stop and not last:
                     bar.close()
                     if self.main:
-                        print(f"stopped by {signal.Signals(stop[0]).name} at step {self.step}, saved; add --resume to the command to go on", flush=True)
-                    sys.exit(128 + stop[0])
+                        print(f"stopped by {signal.Signals(stop).name} at step {self.step}, saved; add --resume to the command to go on", flush=True)
+                    sys.exit(128 + stop)
         finally:
             bar.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
     def update(self, loss: Tensor) -> None:
-        """One optimizer step on a scalar loss: backward, clip the gradient's norm to 1, AdamW with linear warm-up, EMA. No host sync."""
+        """One optimizer step on a scalar loss: backward, clip the gradient's norm to 1, AdamW with linear warm-up, EMA. The loss is read later."""
         loss.backward()
-        nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
         for group in self.opt.param_groups:
             group["lr"] = self.cfg.lr * min(1.0, self.step / max(1, self.cfg.warmup))
         self.opt.step()
         self.opt.zero_grad()
         self.ema.update_parameters(self.net)
-        self.losses.append(loss.detach())
+        self.losses.append(loss.detach() + 0 * norm)  # a gradient that is not finite shows too
 
     def save(self) -> None:
         """Write last.pt: config, facts, step, weights, EMA and optimizer, as tensors and plain types."""
@@ -251,17 +263,17 @@ class Run:
         bad = (~losses.isfinite()).nonzero()
         if len(bad):
             step = self.step - len(losses) + 1 + bad[0].item()
-            raise UserError(f"the loss of step {step} is not finite; {self.out / 'last.pt'} keeps the last good state, if any: lower --lr, then --resume")
+            raise UserError(f"the loss or the gradient of step {step} is not finite; {self.out / 'last.pt'} keeps the last good state, if any: lower --lr, then --resume")
 
-    def _log(self, bar, stop: list) -> list:
-        """Read the losses since the last log (the only host sync), write them down, and agree between processes whether to stop."""
+    def _log(self, bar, stop: int) -> int:
+        """Read the losses since the last log, write them down, and return the signal that some process got, or 0: all agree on it."""
         self._check_finite()
         losses = torch.stack(self.losses).mean().cpu() if self.losses else torch.zeros(())
-        state = torch.tensor([losses.item(), stop[0] if stop else 0], device=self.device)
+        state, signals = torch.tensor(losses.item(), device=self.device), torch.tensor(stop, device=self.device)
         if self.world > 1:
             dist.all_reduce(state)
-            state[0] /= self.world
-            stop = stop or ([int(signal.SIGTERM)] if state[1] else [])
+            dist.all_reduce(signals, op=dist.ReduceOp.MAX)
+        state, stop = state.item() / self.world, int(signals)
         step, start = self.logged
         now = time.perf_counter()
         self.losses, self.logged = [], (self.step, now)
@@ -269,12 +281,12 @@ class Run:
         rate = (self.step - step) / (now - start)
         if self.main:
             with open(self.out / "log.csv", "a", newline="") as file:
-                row = [self.step, f"{state[0]:.6f}", f"{self.opt.param_groups[0]['lr']:.3g}", f"{self.seconds:.2f}", f"{rate * self.cfg.batch_size:.1f}"]
+                row = [self.step, f"{state:.6f}", f"{self.opt.param_groups[0]['lr']:.3g}", f"{self.seconds:.2f}", f"{rate * self.cfg.batch_size:.1f}"]
                 csv.writer(file).writerow(row)
-            bar.set_postfix_str(f"loss {state[0]:.4f}")
+            bar.set_postfix_str(f"loss {state:.4f}")
             if bar.disable:
                 left = (self.cfg.max_steps - self.step) / rate
-                print(f"step {self.step}/{self.cfg.max_steps}  loss {state[0]:.4f}  {rate:.1f} steps/s  {left:.0f} s left", flush=True)
+                print(f"step {self.step}/{self.cfg.max_steps}  loss {state:.4f}  {rate:.1f} steps/s  {left:.0f} s left", flush=True)
         return stop
 
     @contextmanager

@@ -34,7 +34,7 @@ def test_schedules_end_in_noise_for_any_T(name, T):
 
 def test_schedule_that_keeps_the_signal_is_refused():
     unscaled = torch.cat([torch.ones(1), (1 - torch.linspace(1e-4, 0.02, 300)).cumprod(0)])
-    with pytest.raises(ValueError, match="at most 0.01, got 1 to 0.04"):
+    with pytest.raises(ValueError, match="at most 0.01 and above 0, got 1 to 0.04"):
         Diffusion(unscaled)
 
 
@@ -131,10 +131,12 @@ def test_karras_spacing_follows_its_rule():
 
 def test_number_of_evaluations_is_the_number_asked_for():
     process, calls = Diffusion(alpha_bar_cosine(1000)), []
-    for sampler, steps in [("ddpm", 250), ("ddim", 7), ("dpm++", 1), ("dpm++", 8)]:
+    for sampler, steps in [("ddpm", 250), ("ddim", 7), ("dpm++", 1), ("dpm++", 8), ("dpm++", 250), ("dpm++", 999), ("dpm++", 1000)]:
         calls.clear()
         process.sample(lambda xt, t, y: calls.append(1) or xt * 0, (1, 2), sampler=sampler, steps=steps)
         assert len(calls) == steps
+        ts = process.timesteps(steps, "karras")
+        assert len(ts) == steps + 1 and all(a > b for a, b in zip(ts, ts[1:])) and ts[0] <= 1000 and ts[-1] == 0
     with pytest.raises(ValueError, match="1..1000"):
         process.sample(denoiser, (1, 2), steps=1001)
 

@@ -149,7 +149,7 @@ def test_help_shows_every_field_with_its_own_comment(cli):
     fields = dataclasses.fields(imagen.Config)
     source = (ROOT / "imagen.py").read_text()
     for field in fields:
-        assert f"--{field.name.replace('_', '-')}" in printed
+        assert f"--{field.name}" in printed
         line = next(l for l in source.splitlines() if l.strip().startswith(f"{field.name}: "))
         words = line.split("  # ")[1].split()
         assert words[0] in printed and words[-1] in printed
@@ -161,7 +161,8 @@ def test_help_shows_every_field_with_its_own_comment(cli):
     [
         ("--laerning_rate 1", ["--laerning"]),
         ("--lr fast", ["--lr", "fast"]),
-        ("--max_steps 1.5", ["--max-steps", "1.5"]),
+        ("--max_steps 1.5", ["--max_steps", "1.5"]),
+        ("--max_steps 0", ["max_steps must be in [1", "got 0"]),
         ("--sampler euler", ["euler", "ddim"]),
         ("--denoiser mlp", ["mlp", "unet"]),
         ("--ema_decay 1.5", ["ema_decay must be in [0, 1], got 1.5"]),
@@ -205,9 +206,15 @@ def test_checkpoint_of_another_script_version_or_data(trained, cli, tmp_path, fa
         (dict(kind="textgen"), "not a checkpoint of imagen.py"),
         (dict(config=state["config"] | dict(new_field=1)), "another version of this script: "),
         (dict(config=state["config"] | dict(channels=(8, 24))), "weights of another model"),
+        (dict(ema=3), "weights of another model"),
     ]:
         torch.save(state | change, tmp_path / "bad.pt")
         status, printed = cli("imagen", "--sample_from", tmp_path / "bad.pt")
         assert status == 2 and words in printed, printed
     status, printed = cli("imagen", "--score_from", out / "last.pt", "--dataset", "fashionmnist", "--data_dir", fake_fashionmnist)
     assert status == 2 and "was trained on" in printed
+    status, printed = cli("imagen", "--sample_from", out / "last.pt", "--predict", "eps")
+    assert status == 2 and "--predict eps, but" in printed and "trained with v" in printed
+    (tmp_path / "file").write_text("")
+    status, printed = cli("imagen", "--dataset", "digits", "--out", tmp_path / "file" / "run", *TINY)
+    assert status == 2 and "file" in printed and "Traceback" not in printed

@@ -57,6 +57,9 @@ def test_classifier_is_seeded_cached_and_scores_rank_real_above_noise(tmp_path):
     again, cached_accuracy = metrics.load_classifier(images, tmp_path, CPU, steps=150)
     assert cached_accuracy == accuracy and len(list(tmp_path.iterdir())) == 1
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values()))
+    next(tmp_path.iterdir()).write_bytes(b"PK")
+    with pytest.raises(UserError, match="is damaged .*; delete it"):
+        metrics.load_classifier(images, tmp_path, CPU, steps=150)
     (tmp_path / "other").mkdir()
     other, _ = metrics.load_classifier(images, tmp_path / "other", CPU, steps=150)
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), other.state_dict().values()))
@@ -71,7 +74,7 @@ def test_classifier_is_seeded_cached_and_scores_rank_real_above_noise(tmp_path):
 def test_unlabelled_data_is_refused_with_a_reason(tmp_path):
     images = load_images("digits", "")
     images.names = []
-    with pytest.raises(UserError, match="at least two classes"):
+    with pytest.raises(UserError, match="at least two classes .* got 0 classes"):
         metrics.load_classifier(images, tmp_path, CPU)
 
 

@@ -48,6 +48,10 @@ def test_ci_installs_and_tests_by_the_commands_of_the_readme():
         assert command in known and re.search(rf"^{re.escape(command)}", ci, re.M), command
 
 
+def test_no_placeholder_is_left():
+    assert not re.search(r"@[A-Z_]+@", README)
+
+
 def test_files_and_pictures_named_exist_and_every_module_is_named():
     for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README) + re.findall(r"^\| `([\w/.-]+)` \|", README, re.M):
         assert (ROOT / name).exists(), name

@@ -140,7 +140,7 @@ def test_resume_refuses_another_model_or_other_data_and_names_it(tmp_path):
 
 
 def test_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path):
-    with pytest.raises(UserError, match="loss of step 7 is not finite"):
+    with pytest.raises(UserError, match="gradient of step 7 is not finite"):
         toy(Config(str(tmp_path)), poison=7)
     state = load_checkpoint(tmp_path / "last.pt", "toy")
     assert state["step"] == 4 and all(v.isfinite().all() for v in state["model"].values())
@@ -148,9 +148,19 @@ def test_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_last_good_ch
 
 
 def test_a_bad_state_is_not_saved_even_before_its_loss_is_logged(tmp_path):
-    with pytest.raises(UserError, match="loss of step 4 is not finite"):
+    with pytest.raises(UserError, match="gradient of step 4 is not finite"):
         toy(Config(str(tmp_path), log_every=5), poison=4)
     assert not (tmp_path / "last.pt").exists()
+
+
+def test_a_gradient_that_is_not_finite_is_noticed_in_its_own_step(tmp_path):
+    torch.manual_seed(0)
+    run = Run(Config(str(tmp_path)), torch.nn.Linear(3, 1), CPU, dict(samples=len(X)))
+    run.net.weight.register_hook(lambda grad: grad * float("nan") if run.step == 8 else grad)
+    with pytest.raises(UserError, match="gradient of step 8"):
+        for step, batch in run.steps(len(X)):
+            run.update(run.model(X[batch]).square().mean())
+    assert load_checkpoint(tmp_path / "last.pt", "toy")["step"] == 4
 
 
 def test_log_holds_each_step_once_after_a_crash(tmp_path):
@@ -187,12 +197,18 @@ class Bomb:
 
 
 def test_bad_checkpoints_are_named_and_run_nothing(tmp_path):
-    good, path = dict(kind="toy", model={}), tmp_path / "last.pt"
+    good, path = dict(kind="toy", config={}, facts={}, step=1, model={}, ema={}, opt={}), tmp_path / "last.pt"
     with pytest.raises(UserError, match="no checkpoint at .*last.pt"):
         load_checkpoint(path, "toy")
     torch.save(good, path)
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(UserError, match="last.pt is not a checkpoint that can be loaded safely"):
+        load_checkpoint(path, "toy")
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match="loaded safely"):
+        load_checkpoint(path, "toy")
+    torch.save(dict(kind="toy", model={}, step=3), path)
+    with pytest.raises(UserError, match="lacks config, ema, facts, opt"):
         load_checkpoint(path, "toy")
     bomb = Bomb()
     bomb.trace = tmp_path / "exploded"
@@ -280,6 +296,19 @@ def test_two_processes_train_on_the_same_global_batch(tmp_path):
     logs = [list(csv.DictReader(open(tmp_path / name / "log.csv"))) for name in ("one", "two")]
     for a, b in zip(*logs, strict=True):
         assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-4)
+
+
+def test_signal_to_two_processes_stops_both_with_one_checkpoint(tmp_path):
+    """torchrun passes the signal on at different moments; the processes agree at the next log."""
+    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", *digits(tmp_path / "run", "--max_steps", 4000, "--save_every", 4000)]
+    process = start(*command, OMP_NUM_THREADS="1")
+    for line in process.stdout:
+        if "step 10/" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    printed = process.communicate(timeout=200)[0]
+    assert "stopped by SIGTERM at step" in printed, printed
+    assert 10 <= load_checkpoint(tmp_path / "run/last.pt", "imagen")["step"] < 4000
 
 
 def test_torchrun_trains_imagen_with_one_writer(tmp_path):
