@@ -52,16 +52,16 @@ def test_nearest_ratio_tells_copies_from_new_samples():
 def test_classifier_is_seeded_cached_and_scores_rank_real_above_noise(tmp_path):
     images = load_images("digits", "")
     before = torch.random.get_rng_state()
-    net, accuracy = metrics.load_classifier(images, tmp_path, CPU, steps=150)
+    net, accuracy = metrics.load_classifier(images, tmp_path, CPU, steps=300)
     assert accuracy > 0.9 and torch.equal(before, torch.random.get_rng_state())
-    again, cached_accuracy = metrics.load_classifier(images, tmp_path, CPU, steps=150)
+    again, cached_accuracy = metrics.load_classifier(images, tmp_path, CPU, steps=300)
     assert cached_accuracy == accuracy and len(list(tmp_path.iterdir())) == 1
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), again.state_dict().values()))
     next(tmp_path.iterdir()).write_bytes(b"PK")
     with pytest.raises(UserError, match="is damaged .*; delete it"):
-        metrics.load_classifier(images, tmp_path, CPU, steps=150)
+        metrics.load_classifier(images, tmp_path, CPU, steps=300)
     (tmp_path / "other").mkdir()
-    other, _ = metrics.load_classifier(images, tmp_path / "other", CPU, steps=150)
+    other, _ = metrics.load_classifier(images, tmp_path / "other", CPU, steps=300)
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), other.state_dict().values()))
     g = torch.Generator().manual_seed(0)
     noisy = (images.x[:300].float() + 40 * torch.randn(300, 1, 8, 8, generator=g)).clamp(0, 255).to(torch.uint8)
