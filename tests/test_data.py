@@ -1,4 +1,5 @@
 """data.py: torchvision's files, digits, folders of images, and what each says of bad input."""
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -19,6 +20,21 @@ def test_fashionmnist_is_read_from_an_existing_folder(fake_fashionmnist):
     assert images.names[0] == "T-shirt/top" and len(images.names) == 10
     assert (images.x[3, 0, 6:10] == 200).all() and images.y[3] == 3
     assert load_images("fashionmnist", str(fake_fashionmnist), image_size=16).x.shape == (120, 1, 16, 16)
+
+
+def test_cifar10_is_colour_channels_first(monkeypatch):
+    class Stub:  # what torchvision's CIFAR10 holds once its files are read
+        classes = ["airplane", "automobile"]
+
+        def __init__(self, root, train, download):
+            self.targets = [0, 1, 1] if train else [1]
+            self.data = np.zeros((len(self.targets), 32, 32, 3), dtype=np.uint8)
+            self.data[:, 4, 5] = (10, 20, 30)
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", Stub)
+    images = load_images("cifar10", "")
+    assert images.x.shape == (3, 3, 32, 32) and images.x_test.shape == (1, 3, 32, 32) and images.y.tolist() == [0, 1, 1]
+    assert images.x[0, :, 4, 5].tolist() == [10, 20, 30] and images.names == ["airplane", "automobile"]
 
 
 def test_digits_need_no_file_and_keep_the_splits_apart():
