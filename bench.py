@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import imagen
 import metrics
 from data import load_images
-from training import UserError, autocast, batch_indices, pick_device, run_script
+from training import UserError, autocast, batch_indices, ema_ramp, pick_device, run_script
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,8 @@ class Trainer:
         self.side, self.x, self.batch_size, self.seed, self.step = side, x, batch_size, seed, 0
         self.params, self.lr = list(side.model.parameters()), lambda step: cfg.lr * min(1, step / cfg.warmup)
         self.opt = torch.optim.AdamW(self.params, lr=cfg.lr, weight_decay=0.0, fused=x.device.type != "mps")
-        decay = lambda: min(cfg.ema_decay, (1 + self.step) / (10 + self.step))
-        self.ema = AveragedModel(side.model, multi_avg_fn=lambda ema, new, _: torch._foreach_lerp_(ema, new, 1 - decay())).eval()
+        average = lambda ema, new, _: torch._foreach_lerp_(ema, new, 1 - ema_ramp(self.step, cfg.ema_decay))
+        self.ema = AveragedModel(side.model, multi_avg_fn=average).eval()
 
     def train_step(self) -> None:
         self.step += 1

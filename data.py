@@ -105,7 +105,8 @@ def _folder(root: Path, image_size: int) -> Images:
 def _split(x: Tensor, y: Tensor, names: list[str]) -> Images:
     """Every fifth image of a seeded shuffle is the test split."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    test, train = order[::5] if len(x) >= 5 else order[:0], order[torch.arange(len(x)) % 5 > 0] if len(x) >= 5 else order
+    held_out = (torch.arange(len(x)) % 5 == 0) & (len(x) >= 5)  # of fewer than five images, none
+    test, train = order[held_out], order[~held_out]
     return Images(x[train], y[train], x[test], y[test], names)
 
 

@@ -203,8 +203,8 @@ def train(cfg: Config, device: torch.device) -> None:
         print(f"sample again: python imagen.py --sample_from {shlex.quote(str(out / 'last.pt'))}")
 
 
-def score(cfg: Config, process: Diffusion, model, images: Images, device: torch.device) -> Tensor:
-    """Print the distances of score_n samples to the test split, and those of as many training images; return the samples."""
+def score(cfg: Config, process: Diffusion, model, images: Images, device: torch.device) -> tuple[Tensor, metrics.Classifier]:
+    """Print the distances of score_n samples to the test split, and those of as many training images; return the samples and the classifier."""
     if cfg.score_n < 10:
         raise UserError(f"--score_n is {cfg.score_n}: give the number of samples to score, at least 10, better 500")
     net, accuracy = metrics.load_classifier(images, CACHE, device)
@@ -216,7 +216,7 @@ def score(cfg: Config, process: Diffusion, model, images: Images, device: torch.
     print(f"score: n={len(samples)} against {len(images.x_test)} test images; {how}; features of a classifier with test accuracy {accuracy:.3f}")
     for name, row in metrics.score_images(samples, images, net, device, y).items():
         print(f"  {name:8}" + "".join(f"  {key} {value:.4g}" for key, value in row.items()), flush=True)
-    return samples
+    return samples, net
 
 
 def main(cfg: Config) -> None:
@@ -238,9 +238,8 @@ def main(cfg: Config) -> None:
     images = load_images(cfg.dataset, cfg.data_dir, cfg.image_size)
     if images.facts() != facts:
         raise UserError(f"{path} was trained on {facts}, but --dataset {cfg.dataset} is {images.facts()}")
-    samples = score(cfg, process, model, images, device)
+    samples, net = score(cfg, process, model, images, device)
     shown = samples[:20]
-    net, _ = metrics.load_classifier(images, CACHE, device)
     _, nearest = metrics.nearest_ratio(metrics.features(net, shown, device), *(metrics.features(net, x, device) for x in (images.x, images.x_test)))
     rows = [shown[:10], images.x[nearest[:10]], shown[10:], images.x[nearest[10:]]]
     print("wrote", save_grid(rows, ["sample", "nearest training image"] * 2, Path(cfg.out) / "samples" / f"nearest_{tag}.png"))

@@ -41,8 +41,8 @@ def run_script(config_class, main, doc: str) -> None:
                 cfg = parse(default=config_class(**saved | dict(out=cfg.out, device=cfg.device, resume=False)))
             except (TypeError, ValueError) as error:
                 raise UserError(f"{path} has a configuration of another version of this script: {error}") from error
-            for name in set(config_class.fixed) - {"seed", "batch_size", "dataset"}:
-                if getattr(cfg, name) != saved[name]:
+            for name in config_class.fixed:  # but for these three, which say nothing of what the weights mean
+                if name not in ("seed", "batch_size", "dataset") and getattr(cfg, name) != saved[name]:
                     raise UserError(f"--{name} {getattr(cfg, name)}, but {path} was trained with {saved[name]}: leave the flag out")
         main(cfg)
     except (UserError, OSError) as error:  # an OSError names the file
@@ -135,6 +135,11 @@ def load_weights(model: nn.Module, weights: dict, path) -> None:
     except (RuntimeError, TypeError) as error:
         detail = " ".join(str(error).split())[:250]
         raise UserError(f"{path} holds the weights of another model: {detail}") from error
+
+
+def ema_ramp(step: int, limit: float) -> float:
+    """The EMA's decay at step 1, 2, ...: it grows to `limit`, so that a short run forgets its first weights."""
+    return min(limit, (1 + step) / (10 + step))
 
 
 # -- the loop -----------------------------------------------------------------------------------------------------------
@@ -236,8 +241,7 @@ class Run:
             write_atomic(self.out / "last.pt", lambda f: torch.save(state, f))
 
     def _average(self, ema: list, params: list, _) -> None:
-        decay = min(self.cfg.ema_decay, (1 + self.step) / (10 + self.step))  # the ramp lets a short run forget its first weights
-        torch._foreach_lerp_(ema, params, 1 - decay)
+        torch._foreach_lerp_(ema, params, 1 - ema_ramp(self.step, self.cfg.ema_decay))
 
     def _load(self, path: Path) -> None:
         old = load_checkpoint(path, self.kind)
