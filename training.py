@@ -5,6 +5,7 @@ ends with the same bits as one that was not (on one device, CPU).
 """
 import csv
 import functools
+import gc
 import json
 import os
 import signal
@@ -49,8 +50,14 @@ def run_script(config_class, main, doc: str) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave()
+
+
+def leave() -> None:
+    """Leave the process group of torchrun, if any."""
+    if dist.is_initialized():
+        gc.collect()  # DDP's reference cycles would keep gloo's threads until the interpreter's end, which then aborts now and then
+        dist.destroy_process_group()
 
 
 def reason(error: Exception) -> str:

@@ -278,7 +278,8 @@ import os, sys, torch
 sys.path[:0] = [{tests!r}, {root!r}]
 import test_training as t
 run = t.toy(t.Config(sys.argv[1], max_steps=8), noise=0.0)
-torch.distributed.is_initialized() and torch.distributed.destroy_process_group()
+del run
+t.training.leave()
 """
 
 
