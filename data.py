@@ -1,5 +1,8 @@
-"""Where bytes on disk or on a hub become tensors. Images: uint8, the training and the held-out test split, whole in memory."""
+"""Where bytes on disk or on a hub become tensors and strings: images (uint8) and texts, the training and the held-out test split, whole in memory."""
 import hashlib
+import random
+import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,3 +118,242 @@ def _fit(x: Tensor, size: int) -> Tensor:
     from torchvision.transforms.v2 import functional as tv
 
     return tv.center_crop(tv.resize(x, [size], antialias=True), [size])
+
+
+# -- texts --------------------------------------------------------------------------------------------------------------
+
+HUB = {"tripadvisor": "argilla/tripadvisor-hotel-reviews"}
+READERS = {".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+COLUMNS = {"text": ("text", "Review", "review", "document", "answer"), "label": ("label", "Rating", "rating", "stars", "prediction")}
+OFFLINE_TEXT = "without a network use --dataset grammar, or --dataset PATH (a csv, jsonl, parquet or txt file)"
+
+
+@dataclass
+class Texts:
+    """Texts x, labels y (indices into names; all -1 where there are none) and conditions c ("" where there are none) of both splits."""
+
+    x: list[str]
+    y: list[int]
+    c: list[str]
+    x_test: list[str]
+    y_test: list[int]
+    c_test: list[str]
+    names: list[str]
+
+    def checksum(self) -> str:
+        return hashlib.sha256("\0".join([*self.x, *self.c, *map(str, self.y), *self.names]).encode()).hexdigest()[:12]
+
+
+def load_texts(dataset: str, text_column: str = "", label_column: str = "", condition_column: str = "") -> Texts:
+    """The texts of `dataset`: grammar (made here, nothing to download), tripadvisor, another hub name, or the path of a csv, jsonl, parquet or txt file.
+
+    The columns are guessed from common names unless given; without a condition_column there are no conditions. A split "test" is kept
+    as it is; otherwise every tenth text of a seeded shuffle is held out. Raises UserError for an unknown or unreachable data set, a missing
+    column, an empty or non-UTF-8 text (with its row), or a label that is missing or has too many values.
+    """
+    if dataset == "grammar":
+        rng = random.Random(0)
+        y = [rng.randrange(5) for _ in range(6000)]
+        return _hold_out([grammar_review(rng, rating + 1) for rating in y], y, [""] * len(y), [str(i) for i in range(1, 6)])
+    rows, where = _rows(dataset), Path(dataset).name
+    columns = list(rows["train"].column_names)
+    pick = lambda given, kind: given or next((c for c in COLUMNS[kind] if c in columns), "")
+    text, label = pick(text_column, "text"), pick(label_column, "label")
+    for flag, column in [("text_column", text), ("label_column", label), ("condition_column", condition_column)]:
+        if (column or flag == "text_column") and column not in columns:
+            raise UserError(f"{where} has no column {column or 'of text'}; it has {', '.join(columns)}: name one with --{flag}")
+    splits = {}
+    for split in ("train", "test"):
+        if split in rows:
+            x = [_text(value, where, split, i, text) for i, value in enumerate(rows[split][text])]
+            y = [_label(value, where, split, i, label) for i, value in enumerate(rows[split][label])] if label else [""] * len(x)
+            c = [_text(value, where, split, i, condition_column) for i, value in enumerate(rows[split][condition_column])] if condition_column else [""] * len(x)
+            splits[split] = x, y, c
+    values = sorted(set(splits["train"][1]), key=lambda v: (len(v), v)) if label else []
+    if len(values) > 100:
+        raise UserError(f"{where}: column {label} has {len(values)} values, too many for classes; name another with --label_column")
+    index = {v: i for i, v in enumerate(values)} if label else {"": -1}
+    for i, value in enumerate(splits.get("test", ([], [], []))[1]):
+        if value not in index:
+            raise UserError(f"{where}, test row {i + 1}: {label} is {value!r}, outside the classes {', '.join(values)} of the training split")
+    for split in splits.values():
+        split[1][:] = [index[v] for v in split[1]]
+    return Texts(*splits["train"], *splits["test"], values) if "test" in splits else _hold_out(*splits["train"], values)
+
+
+def _rows(dataset: str):
+    """The splits of a local file or of a hub data set, by the library `datasets`."""
+    import datasets
+
+    path = Path(dataset)
+    if path.suffix.lower() in READERS:
+        if not path.is_file():
+            raise UserError(f"no file {path}; give a csv, jsonl, parquet or txt file, or one of grammar, tripadvisor")
+        if not path.stat().st_size:
+            raise UserError(f"{path} is empty; it must hold at least a few texts")
+    elif dataset not in HUB and "/" not in dataset:
+        raise UserError(f"no data set {dataset!r}; choose grammar, tripadvisor, a hub name such as owner/name, or the path of a csv, jsonl, parquet or txt file")
+    datasets.disable_progress_bars()
+    try:
+        if path.suffix.lower() in READERS:
+            return datasets.load_dataset(READERS[path.suffix.lower()], data_files=str(path))
+        return datasets.load_dataset(HUB.get(dataset, dataset))
+    except Exception as error:  # the library raises many types: no network, no such name, a damaged file
+        cause = error.__cause__ or error  # which of two says what is wrong in the file
+        if path.is_file():
+            raise UserError(f"{path} cannot be read as {READERS[path.suffix.lower()]} in UTF-8: {reason(cause)}") from error
+        raise UserError(f"{HUB.get(dataset, dataset)} could not be had from the hub ({reason(error)}); {OFFLINE_TEXT}") from error
+
+
+def _text(value, where: str, split: str, i: int, column: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where}, {split} row {i + 1}: {column} is {value!r}, but a text is wanted; mend the row or take it out")
+    return value.strip()
+
+
+def _label(value, where: str, split: str, i: int, column: str) -> str:
+    value = value[0]["label"] if isinstance(value, list) and value else value  # argilla's form: a list of label and score
+    if value is None or value == []:
+        raise UserError(f"{where}, {split} row {i + 1}: {column} is missing; mend the row or take it out")
+    return str(int(value)) if isinstance(value, float) and value == int(value) else str(value)
+
+
+def _hold_out(x: list, y: list, c: list, names: list) -> Texts:
+    """Every tenth text of a seeded shuffle is the test split."""
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).tolist()
+    take = lambda values, part: [values[i] for i in part]
+    parts = [[i for n, i in enumerate(order) if (n % 10 == 0) == test] for test in (False, True)]
+    return Texts(*(take(values, part) for part in parts for values in (x, y, c)), names)
+
+
+def sentences(text: str, fits) -> list[str]:
+    """The text cut behind . ! ? and line ends, and where a piece does not fit(piece), behind commas and semicolons too. Joined they are the text."""
+    cut = lambda s, marks: re.findall(rf".+?(?:[{marks}]+\s+|\Z)", s, re.S)
+    return [part for piece in cut(text, r".!?\n") for part in ([piece] if fits(piece) else cut(piece, ",;"))]
+
+
+def windows(text: str, fits, overlap: bool) -> list[str]:
+    """Pieces of the text that fit, from the start of a sentence to the end of one: the whole text where it fits; otherwise as many sentences
+    as fit from each one on (overlap) or from where the last piece ended. A single sentence too long is given as it is: who reads it cuts it.
+    """
+    if fits(text):
+        return [text]
+    parts, out, i = sentences(text, fits), [], 0
+    while i < len(parts):
+        j = i + 1
+        while j < len(parts) and fits("".join(parts[i : j + 1])):
+            j += 1
+        out.append("".join(parts[i:j]).strip())
+        if j == len(parts):
+            break
+        i = i + 1 if overlap else j
+    return out
+
+
+@dataclass
+class Codec:
+    """Texts to token ids for the encoder and the decoder and back; each tokenizer is the JSON text of the library `tokenizers`.
+
+    A sequence is max_tokens long, filled up with -100. eos: the decoder's end token. mask: the encoder's mask token.
+    """
+
+    encoder: str
+    decoder: str
+    eos: int
+    mask: int
+    max_tokens: int
+
+    def __post_init__(self):
+        from tokenizers import Tokenizer
+
+        self.tokenizers = [Tokenizer.from_str(t) for t in (self.encoder, self.decoder)]
+        for tokenizer in self.tokenizers:
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+
+    @property
+    def vocab(self) -> int:
+        return self.tokenizers[1].get_vocab_size()
+
+    def fits(self, text: str) -> bool:
+        """Whether the text with its end token is at most max_tokens long for both sides."""
+        return max(len(t.encode(text).ids) for t in self.tokenizers) < self.max_tokens
+
+    def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Encoder's ids and decoder's targets, (N, max_tokens) each. A target ends in eos, but for a text that had to be cut: nobody ended there."""
+        out = []
+        for side, tokenizer in enumerate(self.tokenizers):
+            ids = torch.full((len(texts), self.max_tokens), -100)
+            for row, encoding in zip(ids, tokenizer.encode_batch(texts)):
+                tokens = (encoding.ids + [self.eos] * side)[: self.max_tokens]
+                row[: len(tokens)] = torch.tensor(tokens)
+            out.append(ids)
+        return out[0], out[1]
+
+    def decode(self, ids: Tensor) -> list[str]:
+        """The texts of the decoder's ids (B, L), each up to its first eos."""
+        rows = [row[: row.index(self.eos)] if self.eos in row else row for row in ids.tolist()]
+        return [self.tokenizers[1].decode([i for i in row if i >= 0]).strip() for row in rows]
+
+
+def train_codec(texts: list[str], vocab: int, max_tokens: int) -> Codec:
+    """One byte-level BPE of at most `vocab` tokens for both sides, trained on the texts."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab, special_tokens=["<mask>", "<eos>"], initial_alphabet=alphabet, show_progress=False))
+    return Codec(tokenizer.to_str(), tokenizer.to_str(), eos=1, mask=0, max_tokens=max_tokens)
+
+
+def pretrained_codec(encoder: str, decoder: str, max_tokens: int) -> Codec:
+    """The tokenizers of two pretrained models, by hub name or local folder. Raises UserError where they cannot be had or lack what is needed."""
+    from transformers import AutoTokenizer
+
+    try:
+        ours, theirs = AutoTokenizer.from_pretrained(encoder), AutoTokenizer.from_pretrained(decoder)
+    except Exception as error:  # no network, no such name, a damaged folder
+        raise UserError(f"the tokenizers of {encoder} and {decoder} could not be had ({reason(error)}); --size tiny needs no download") from error
+    if ours.mask_token_id is None or theirs.eos_token_id is None:
+        raise UserError(f"{encoder} must have a mask token and {decoder} an end token; got {ours.mask_token} and {theirs.eos_token}")
+    return Codec(ours.backend_tokenizer.to_str(), theirs.backend_tokenizer.to_str(), theirs.eos_token_id, ours.mask_token_id, max_tokens)
+
+
+# The grammar: four sentences on four different subjects, good or bad, and a close. The rating is 1 + the number of good ones; the close says it too.
+SUBJECTS = {
+    "the room": (["spotless", "large and quiet", "bright", "very comfortable"], ["dirty", "tiny and loud", "dark", "falling apart"]),
+    "the staff": (["friendly", "helpful at all hours", "polite", "very kind"], ["rude", "never at the desk", "careless", "very slow"]),
+    "breakfast": (["fresh", "generous", "delicious", "worth getting up for"], ["stale", "cold", "poor", "not worth the money"]),
+    "the location": (["perfect", "close to everything", "quiet and green", "ideal for the beach"], ["far from everything", "noisy", "hard to find", "unsafe at night"]),
+    "the pool": (["clean", "warm", "heated and huge", "a joy for the children"], ["closed", "freezing", "crowded", "full of leaves"]),
+    "the price": (["fair", "a bargain", "low for the season", "very good"], ["far too high", "a rip off", "higher than promised", "absurd"]),
+}
+CLOSES = ["never again.", "we would not come back.", "it was just about all right.", "we would come back.", "we cannot wait to return!"]
+ADVERBS = ["", "really ", "always ", "simply "]
+
+
+def grammar_review(rng: random.Random, rating: int) -> str:
+    """A review of the grammar with a rating in 1..5."""
+    good = rng.sample([True] * (rating - 1) + [False] * (5 - rating), 4)
+    said = [f"{s} was {rng.choice(ADVERBS)}{rng.choice(SUBJECTS[s][0 if g else 1])}." for s, g in zip(rng.sample(list(SUBJECTS), 4), good)]
+    return " ".join([*said, CLOSES[rating - 1]])
+
+
+def grammar_rating(text: str) -> int | None:
+    """The rating 1..5 of a review, or None where the grammar does not accept it."""
+    *said, close = re.findall(r"[^.!]+[.!]", text) or [""]
+    if "".join([*said, close]) != text or close.strip() not in CLOSES:
+        return None
+    seen = Counter()
+    good = 0
+    for sentence in said:
+        subject, _, rest = sentence.strip().partition(" was ")
+        word = next((rest[len(a) : -1] for a in reversed(ADVERBS) if rest.startswith(a) and rest[len(a) : -1] in sum(SUBJECTS.get(subject, ([], [])), [])), None)
+        if word is None:
+            return None
+        seen[subject] += 1
+        good += word in SUBJECTS[subject][0]
+    rating = 1 + good
+    return rating if len(said) == len(seen) == 4 and CLOSES[rating - 1] == close.strip() else None

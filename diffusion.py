@@ -27,6 +27,11 @@ def alpha_bar_cosine(T: int, s: float = 0.008) -> Tensor:
     return torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])
 
 
+def noise_shift(alpha_bar: Tensor, s: float) -> Tensor:
+    """The schedule with its signal-to-noise ratio divided by s^2: more of the steps at high noise for s > 1. Simple diffusion 2301.11093 eq. 4."""
+    return alpha_bar / (alpha_bar + s**2 * (1 - alpha_bar))
+
+
 SCHEDULES = {"linear": alpha_bar_linear, "cosine": alpha_bar_cosine}
 
 
@@ -39,15 +44,17 @@ class Diffusion(nn.Module):
     alpha_bar: (T+1,) float64, from 1 down to at most 0.01 (ValueError otherwise: sampling would start from what training never saw).
     predict: what the denoiser's output means, "eps", "x0" or "v" (v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0).
     weight: "plain" mean squared error of that output, or "min-snr" with gamma 5. It has no weights; .to(device) moves its tables.
+    self_condition: share of training steps in which the denoiser, then model(xt, t, y, x0), also sees its first guess of x0;
+    above 0, each step of sampling shows it the guess of the step before. Analog bits 2208.04202 section 3.2.
     """
 
-    def __init__(self, alpha_bar: Tensor, predict: str = "v", weight: str = "min-snr", gamma: float = 5.0):
+    def __init__(self, alpha_bar: Tensor, predict: str = "v", weight: str = "min-snr", gamma: float = 5.0, self_condition: float = 0.0):
         super().__init__()
         if not alpha_bar[0] == 1 or not 0 < alpha_bar[-1] <= 0.01:
             raise ValueError(f"alpha_bar must go from 1 to at most 0.01 and above 0, got {alpha_bar[0]:.4g} to {alpha_bar[-1]:.4g}")
         if predict not in ("eps", "x0", "v") or weight not in ("plain", "min-snr"):
             raise ValueError(f"predict is eps, x0 or v and weight is plain or min-snr, got {predict!r} and {weight!r}")
-        self.T, self.predict = len(alpha_bar) - 1, predict
+        self.T, self.predict, self.self_condition = len(alpha_bar) - 1, predict, self_condition
         # x_t = a x0 + s eps. The samplers read these as Python floats (float64), the loss as float32 on the device.
         self.a, self.s = alpha_bar.sqrt().tolist(), (1 - alpha_bar).sqrt().tolist()
         self.register_buffer("a_table", alpha_bar.sqrt().float(), persistent=False)
@@ -71,14 +78,19 @@ class Diffusion(nn.Module):
             target = self._at(self.a_table, t, x0) * eps - self._at(self.s_table, t, x0) * x0
         else:
             target = eps if self.predict == "eps" else x0
-        error = (model(xt, t, drop_condition(y, drop)).float() - target).square().flatten(1).mean(1)  # (B,); DDPM eq. 14
+        y, guess = drop_condition(y, drop), ()
+        if self.self_condition and torch.rand(()) < self.self_condition:
+            with torch.no_grad():
+                guess = (self.predict_x0(model(xt, t, y).float(), xt, t),)
+        error = (model(xt, t, y, *guess).float() - target).square().flatten(1).mean(1)  # (B,); DDPM eq. 14
         return (self.weight_table[t] * error).mean()
 
-    def predict_x0(self, out: Tensor, xt: Tensor, t: int) -> Tensor:
-        """The clean x0 that the denoiser's output `out` at step t in 1..T stands for."""
+    def predict_x0(self, out: Tensor, xt: Tensor, t) -> Tensor:
+        """The clean x0 that the denoiser's output `out` at step t in 1..T (an int, or (B,)) stands for."""
+        a, s = (self.a[t], self.s[t]) if isinstance(t, int) else (self._at(self.a_table, t, xt), self._at(self.s_table, t, xt))
         if self.predict == "eps":
-            return (xt - self.s[t] * out) / self.a[t]  # DDPM eq. 15
-        return out if self.predict == "x0" else self.a[t] * xt - self.s[t] * out  # progressive distillation app. D
+            return (xt - s * out) / a  # DDPM eq. 15
+        return out if self.predict == "x0" else a * xt - s * out  # progressive distillation app. D
 
     def timesteps(self, steps: int, spacing: str) -> list[int]:
         """Decreasing steps [t_1, ..., t_steps, 0]; "trailing": even, from T; "karras": even in sigma^(1/7), from sigma 80, EDM eq. 5.
@@ -113,15 +125,16 @@ class Diffusion(nn.Module):
         a, s, device = self.a, self.s, self.a_table.device
         eta = 1.0 if sampler == "ddpm" else eta
         noise = lambda: torch.randn(shape, generator=generator, device=generator.device if generator else device).to(device)
-        xt, x0_before, r = noise(), None, None
+        xt, x0_before, r, guess = noise(), None, None, ()
         ts = self.timesteps(steps, "karras" if sampler == "dpm++" else "trailing")
         for t, u in zip(ts[:-1], ts[1:]):  # from step t to step u < t
             t_batch = torch.full(shape[:1], t, device=device)
-            out = model(xt, t_batch, y).float()
+            out = model(xt, t_batch, y, *guess).float()
             if guidance:
-                out = (1 + guidance) * out - guidance * model(xt, t_batch, None).float()  # CFG eq. 6, linear in eps, x0 and v alike
+                out = (1 + guidance) * out - guidance * model(xt, t_batch, None, *guess).float()  # CFG eq. 6, linear in eps, x0 and v alike
             x0 = self.predict_x0(out, xt, t)
             x0 = x0 if clip is None else x0.clamp(-clip, clip)
+            guess = (x0,) if self.self_condition else ()
             if u == 0:
                 xt = x0  # every sampler's last step, as alpha_bar[0] = 1
             elif sampler == "dpm++":  # Alg. 2, with lambda = log(a / s) and h = lambda_u - lambda_t
@@ -292,29 +305,30 @@ class Transformer(nn.Module):
     d_in: C or d. D: width, divisible by 4 * heads. patch: side of a patch; H and W must be divisible by it (ValueError otherwise).
     classes: number of labels, 0 for none. d_context: width of the context vectors of y, 0 for none; they join the sequence, and
     those whose mask is False count for nothing. Positions are sinusoids, so any size or length is accepted.
+    self_condition: a guess of x0, shaped like xt, is a fourth argument; without one it is 0.
     """
 
-    def __init__(self, d_in: int, D: int = 256, depth: int = 6, heads: int = 4, patch: int = 0, classes: int = 0, d_context: int = 0):
+    def __init__(self, d_in: int, D: int = 256, depth: int = 6, heads: int = 4, patch: int = 0, classes: int = 0, d_context: int = 0, self_condition: bool = False):
         super().__init__()
         if D % (4 * heads):
             raise ValueError(f"width D must be divisible by 4 * heads = {4 * heads}, got {D}")
         self.patch = self.divisor = patch
         d_token = d_in * max(patch, 1) ** 2
-        self.embed = StepEmbedding(D, classes)
-        self.inp = nn.Linear(d_token, D)
+        self.embed, self.self_condition = StepEmbedding(D, classes), self_condition
+        self.inp = nn.Linear(d_token * (1 + self_condition), D)
         self.context = nn.Linear(d_context, D) if d_context else None
         self.blocks = nn.ModuleList(Block(D, heads) for _ in range(depth))
         self.ada, self.head = zero(nn.Linear(D, 2 * D)), zero(nn.Linear(D, d_token))
 
-    def forward(self, xt: Tensor, t: Tensor, y=None) -> Tensor:
+    def forward(self, xt: Tensor, t: Tensor, y=None, x0=None) -> Tensor:
         p, D = self.patch, self.inp.out_features
         labels, context, mask = y if isinstance(y, tuple) else (y, None, None)
-        x = xt
+        x = torch.cat([xt, torch.zeros_like(xt) if x0 is None else x0], dim=1 if p else -1) if self.self_condition else xt
         if p:
             B, C, H, W = xt.shape
             if H % p or W % p:
                 raise ValueError(f"image sides must be divisible by the patch {p}, got {(H, W)}")
-            x = x.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(B, H * W // p**2, C * p * p)  # (B, k, d)
+            x = x.view(B, -1, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(B, H * W // p**2, -1)  # (B, k, d)
             row, col = torch.meshgrid(*(torch.arange(n // p, device=x.device) for n in (H, W)), indexing="ij")
             position = torch.cat([sinusoid(row.flatten(), D // 2), sinusoid(col.flatten(), D // 2)], dim=-1)  # (k, D)
         else:

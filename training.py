@@ -157,12 +157,13 @@ class Run:
 
     cfg: a script's Config with out, seed, device, precision, compile, max_steps, batch_size, lr, warmup, ema_decay, log_every,
     save_every and resume, and the class constants kind (the script's name) and fixed (fields that a resumed run may not change). facts: what the
-    data says and sampling needs (plain types); a resumed run must agree with it. run.model is the network to train, run.ema the averaged one to sample from.
+    data says and sampling needs (plain types); a resumed run must agree with it. extra: tensors that sampling needs, kept in the
+    checkpoint as they are (a frozen network). run.model is the network to train, run.ema the averaged one to sample from.
     Raises UserError where the folder holds a run already and cfg.resume is off, or where the two do not fit.
     """
 
-    def __init__(self, cfg, model: nn.Module, device: torch.device, facts: dict):
-        self.cfg, self.kind, self.device, self.facts = cfg, cfg.kind, device, facts
+    def __init__(self, cfg, model: nn.Module, device: torch.device, facts: dict, extra: dict | None = None):
+        self.cfg, self.kind, self.device, self.facts, self.extra = cfg, cfg.kind, device, facts, extra or {}
         self.out, self.step, self.seconds, self.losses = Path(cfg.out), 0, 0.0, []
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if cfg.batch_size % self.world:
@@ -242,7 +243,7 @@ class Run:
     def save(self) -> None:
         """Write last.pt: config, facts, step, weights, EMA and optimizer, as tensors and plain types."""
         self._check_finite()  # so that the last good checkpoint stays the last one
-        state = dict(kind=self.kind, config=asdict(self.cfg), facts=self.facts, step=self.step, seconds=self.seconds)
+        state = dict(kind=self.kind, config=asdict(self.cfg), facts=self.facts, step=self.step, seconds=self.seconds, extra=self.extra)
         state |= dict(model=self.net.state_dict(), ema=self.ema.module.state_dict(), opt=self.opt.state_dict())
         if self.main:
             write_atomic(self.out / "last.pt", lambda f: torch.save(state, f))
