@@ -1,9 +1,10 @@
-"""Scores. Images: distances, precision and recall in the features of a small classifier of the same data, and the usual FID.
+"""Scores. Images: distances, precision and recall in the features of a small classifier of the same data, and the usual FID. Texts: below.
 
 A distance means nothing alone: it depends on the features and falls with n. So the value of real training images, at the same n,
 against the same test images is always printed beside it.
 """
 import hashlib
+import math
 from pathlib import Path
 
 import numpy as np
@@ -155,3 +156,55 @@ def inception_fid(samples: Tensor, real: Tensor) -> float:
         for part in x.split(100):
             fid.update(part.expand(-1, 3, -1, -1) if part.shape[1] == 1 else part, real=is_real)
     return fid.compute().item()
+
+
+# -- texts --------------------------------------------------------------------------------------------------------------
+
+
+def bleu(texts: list[str], references: list[str]) -> float:
+    """Corpus BLEU of each text against its reference, 0..100, by sacrebleu with its own tokenizer."""
+    import sacrebleu
+
+    return sacrebleu.corpus_bleu(texts, [references]).score
+
+
+def aubleu(points: list[tuple[float, float]]) -> float:
+    """Area under BLEU over alpha_bar, for (alpha_bar, BLEU) points: trapezoids, as PLANNER's code has it."""
+    a, b = np.array(sorted(points)).T
+    return float(np.trapezoid(b, a))
+
+
+def ngrams(text: str, n: int) -> list[tuple]:
+    words = text.split()
+    return list(zip(*(words[i:] for i in range(n))))
+
+
+def score_texts(texts: list[str], train: list[str], references: int = 50) -> dict[str, float]:
+    """What texts are like, without a reference: dist-n, the share of different n-grams among all; entropy of the words in nats; rep-4, the share
+    of 4-grams that a text has said before (mean over texts); self-BLEU of the first `references` texts against each other; nearest, the mean
+    cosine of each text to its nearest training text (TF-IDF of words and pairs); words a text.
+    """
+    import sacrebleu
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    grams = {n: [g for t in texts for g in ngrams(t, n)] for n in (1, 2)}
+    counts = np.unique([g[0] for g in grams[1]] or [""], return_counts=True)[1]
+    share = counts / counts.sum()
+    rep = [1 - len(set(g)) / len(g) for g in (ngrams(t, 4) for t in texts) if g]
+    few = texts[:references]
+    selfs = [sacrebleu.sentence_bleu(t, few[:i] + few[i + 1 :]).score for i, t in enumerate(few)] if len(few) > 1 else [math.nan]
+    vectors = TfidfVectorizer(ngram_range=(1, 2)).fit(train)
+    nearest = (vectors.transform(texts) @ vectors.transform(train).T).max(axis=1).toarray().mean()
+    dist = {f"dist{n}": len(set(grams[n])) / max(1, len(grams[n])) for n in (1, 2)}
+    return dist | dict(entropy=float(-(share * np.log(share)).sum()), rep4=float(np.mean(rep)) if rep else math.nan, selfBLEU=float(np.mean(selfs)),
+                       nearest=float(nearest), words=len(grams[1]) / len(texts))
+
+
+def text_classifier(x: list[str], y: list[int], x_test: list[str], y_test: list[int]):
+    """A function from texts to labels (logistic regression on TF-IDF of words and pairs, fitted to x, y), and its accuracy on x_test."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10, max_iter=1000)).fit(x, y)
+    return lambda texts: model.predict(texts).tolist(), float(model.score(x_test, y_test))

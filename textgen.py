@@ -19,7 +19,7 @@ from torch import Tensor
 import metrics
 from data import Codec, Texts, grammar_rating, load_texts, pretrained_codec, train_codec, windows
 from diffusion import SCHEDULES, Diffusion, Transformer, noise_shift
-from training import Run, UserError, autocast, load_checkpoint, load_weights, pick_device, reason, run_script
+from training import Run, UserError, autocast, is_main, load_checkpoint, load_weights, pick_device, reason, run_script, wait
 from vae import TextVAE, backbone, corrupt, small_backbones
 
 SIZES = {  # what a field left at 0 or "" becomes
@@ -274,15 +274,263 @@ def show(out: Path, name: str, lines: list[str]) -> Path:
     return path
 
 
+# -- diffusion ----------------------------------------------------------------------------------------------------------
+
+
+def finished(cfg: Config, stage: str) -> bool:
+    """Whether the stage has a checkpoint that needs no more training. Raises UserError where that has other settings than cfg."""
+    cfg = stage_config(cfg, stage)
+    path = Path(cfg.out) / "last.pt"
+    if not path.exists():
+        return False
+    checkpoint = load_checkpoint(path, cfg.kind)
+    for name in cfg.fixed:
+        if checkpoint["config"][name] != getattr(cfg, name):
+            raise UserError(f"--{name} {getattr(cfg, name)}, but {path} was trained with {checkpoint['config'][name]}: keep it, or choose another --out")
+    return checkpoint["step"] >= cfg.max_steps or "done" in checkpoint["extra"]
+
+
+def build_denoiser(cfg: Config, facts: dict, vae: TextVAE, device) -> tuple[Diffusion, Transformer]:
+    """The process and the denoiser that cfg describes, for the codes of vae. Raises UserError where the schedule does not end in noise."""
+    torch.manual_seed(cfg.seed)
+    classes = len(facts["names"]) if cfg.condition == "label" else 0
+    d_context = vae.encoder.config.hidden_size if cfg.condition in ("prefix", "column") else 0
+    model = Transformer(cfg.d, cfg.width, cfg.depth, classes=classes, d_context=d_context, self_condition=cfg.self_condition > 0).to(device)
+    try:
+        alpha_bar = noise_shift(SCHEDULES[cfg.schedule](cfg.T), cfg.shift)
+        return Diffusion(alpha_bar, cfg.predict, cfg.weight, self_condition=cfg.self_condition).to(device), model
+    except ValueError as error:
+        raise UserError(f"--schedule {cfg.schedule} with --T {cfg.T} and --shift {cfg.shift}: {error}") from error
+
+
+@torch.no_grad()
+def conditions(cfg: Config, codec: Codec, vae: TextVAE, y: Tensor, c: list[str], device):
+    """The condition of the denoiser for labels y (N,) or texts c: labels, or (None, encoder's states (N, L, D), mask (N, L))."""
+    if cfg.condition == "none":
+        return torch.full_like(y, -1).to(device)
+    if cfg.condition == "label":
+        return y.to(device)
+    parts = [vae.states(part.to(device)) for part in codec.encode(c)[0].split(256)]
+    return None, torch.cat([h.half() for h, _ in parts]), torch.cat([mask for _, mask in parts])
+
+
+def at(y, index):
+    """The rows `index` of a condition."""
+    return (None, y[1][index].float(), y[2][index]) if isinstance(y, tuple) else y[index]
+
+
+def load_vae(cfg: Config, facts: dict, weights: dict, path, device) -> TextVAE:
+    vae = build_vae(cfg, facts, device, load=False)
+    load_weights(vae, weights, path)
+    return vae.eval().requires_grad_(False)
+
+
+def train_diffusion(cfg: Config, texts: Texts, device) -> None:
+    path = Path(cfg.out) / "vae" / "last.pt"
+    checkpoint = load_checkpoint(path, cfg.kind)
+    if not finished(cfg, "vae"):
+        raise UserError(f"the VAE in {path} is at step {checkpoint['step']}, before its last: add --resume, with --stage all or vae")
+    weights = checkpoint["ema"]
+    vae = load_vae(cfg, checkpoint["facts"], weights, path, device)
+    cfg, codec = stage_config(cfg, "diffusion"), Codec(**checkpoint["facts"]["codec"])
+    digest = hashlib.sha256(b"".join(w.cpu().numpy().tobytes() for w in weights.values())).hexdigest()[:12]
+    facts = checkpoint["facts"] | dict(stage="diffusion", checksum=texts.checksum(), vae=digest)
+    train = cut(cfg, codec, texts, "train")
+    need_batch(len(train.x), cfg.batch_size, "pieces of text")
+    z = encode_all(vae, train.ids, device)
+    mean, std = z.mean(0), z.std(0).clamp(min=1e-3)  # (k, d)
+    z = ((z - mean) / std).to(device)
+    y = conditions(cfg, codec, vae, train.y, train.c, device)
+    process, model = build_denoiser(cfg, facts, vae, device)
+    run = Run(cfg, model, device, facts, extra=dict(vae=weights, mean=mean, std=std))
+    if run.main:
+        print(f"denoiser: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, on {len(z)} texts as {cfg.k} codes of width {cfg.d}", flush=True)
+    for step, batch in run.steps(len(z)):
+        with autocast(device, cfg.precision):
+            loss = process.loss(run.model, z[batch], at(y, batch), cfg.label_drop)
+        run.update(loss)
+        if step % cfg.sample_every == 0 and step < cfg.max_steps and run.main:
+            with run.pause():
+                bundle = Bundle(cfg, codec, vae, process, run.ema.module, mean, std, facts["names"], device)
+                show(Path(cfg.out), f"{step:06}", bundle.labelled(1))
+    if run.main:
+        print(f"trained {run.seconds:.0f} s; wrote {run.curve()}", flush=True)
+
+
+@dataclass
+class Bundle:
+    """All that turns noise into text: what a checkpoint of the diffusion holds."""
+
+    cfg: Config
+    codec: Codec
+    vae: TextVAE
+    process: Diffusion
+    model: torch.nn.Module
+    mean: Tensor
+    std: Tensor
+    names: list[str]
+    device: torch.device
+
+    def latents(self, ids: Tensor) -> Tensor:
+        """Standardised codes (N, k, d) of ids (N, L)."""
+        return (encode_all(self.vae, ids, self.device) - self.mean) / self.std
+
+    def write(self, x0: Tensor) -> list[str]:
+        """The texts of standardised codes (N, k, d)."""
+        return write_texts(self.codec, self.vae, x0 * self.std + self.mean, self.cfg, self.device)
+
+    def codes(self, y: Tensor, c: list[str], seed: int) -> Tensor:
+        """New standardised codes (N, k, d) for labels y (N,) and conditions c."""
+        cfg, out, generator = self.cfg, [], torch.Generator().manual_seed(seed)
+        condition = conditions(cfg, self.codec, self.vae, y, c, self.device)
+        for part in torch.arange(len(y)).split(256):
+            settings = dict(sampler=cfg.sampler, steps=cfg.steps, eta=cfg.eta, guidance=cfg.guidance, generator=generator)
+            with autocast(self.device, cfg.precision):
+                out.append(self.process.sample(self.model, (len(part), cfg.k, cfg.d), at(condition, part.to(self.device)), **settings).cpu())
+        return torch.cat(out)
+
+    def sample(self, y: Tensor, c: list[str], seed: int) -> list[str]:
+        torch.manual_seed(seed)  # for top_p
+        return self.write(self.codes(y, c, seed))
+
+    def labelled(self, each: int) -> list[str]:
+        """Samples of every class, or of none, in readable form."""
+        labels = list(range(len(self.names))) if self.cfg.condition == "label" and self.names else [-1] * 4
+        y = torch.tensor(labels).repeat_interleave(each)
+        if self.cfg.condition in ("prefix", "column"):
+            return []
+        return [f"[{self.names[i] if i >= 0 else ' '}] {text}" for i, text in zip(y.tolist(), self.sample(y, [""] * len(y), self.cfg.seed))]
+
+    @torch.no_grad()
+    def guess(self, x0: Tensor, y, t: int, seed: int) -> Tensor:
+        """The denoiser's guess, in one evaluation, of standardised codes x0 (N, k, d) noised to step t."""
+        x0, t_batch = x0.to(self.device), torch.full((len(x0),), t, device=self.device)
+        eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
+        xt = self.process.q_sample(x0, t_batch, eps)
+        return self.process.predict_x0(self.model(xt, t_batch, y).float(), xt, t).cpu()
+
+    def planning(self, ids: Tensor, y: Tensor, c: list[str]) -> list[str]:
+        """One held-out text, ids (1, L), noised to several levels and decoded from the denoiser's guess: text that comes into focus."""
+        x0, lines = self.latents(ids), []
+        condition = conditions(self.cfg, self.codec, self.vae, y, c, self.device)
+        for level in (0.02, 0.1, 0.25, 0.5, 0.75, 0.95):
+            t = min(range(1, self.cfg.T + 1), key=lambda t: abs(self.process.a[t] ** 2 - level))
+            lines.append(f"alpha_bar {self.process.a[t] ** 2:.2f}  {self.write(self.guess(x0, condition, t, self.cfg.seed))[0]}")
+        return [*lines, f"its codes       {self.write(x0)[0]}"]
+
+    def interpolation(self, ids: Tensor) -> list[str]:
+        """The way between the codes of two texts, ids (2, L), in six steps on the sphere's arc."""
+        a, b = self.latents(ids)
+        angle = [i / 5 * math.pi / 2 for i in range(6)]
+        return [f"{i / 5:.1f}  {text}" for i, text in enumerate(self.write(torch.stack([math.cos(w) * a + math.sin(w) * b for w in angle])))]
+
+
+def load_bundle(cfg: Config, path: Path, device) -> Bundle:
+    """The bundle in a checkpoint of the diffusion. Raises UserError where it is a VAE's, or its parts do not fit."""
+    checkpoint = load_checkpoint(path, cfg.kind)
+    facts = checkpoint["facts"]
+    if facts.get("stage") != "diffusion":
+        raise UserError(f"{path} is the checkpoint of a {facts.get('stage')}; sampling and scores need that of the diffusion, out/NAME/diffusion/last.pt")
+    extra = checkpoint["extra"]
+    vae = load_vae(cfg, facts, extra["vae"], path, device)
+    process, model = build_denoiser(cfg, facts, vae, device)
+    load_weights(model, checkpoint["ema"], path)
+    return Bundle(cfg, Codec(**facts["codec"]), vae, process, model.eval(), extra["mean"], extra["std"], facts["names"], device)
+
+
+def tag(cfg: Config) -> str:
+    return f"{cfg.sampler}_{cfg.steps}_guidance{cfg.guidance:g}_seed{cfg.seed}"
+
+
+def sample(bundle: Bundle, out: Path) -> None:
+    """Write samples of every class, or what follows --prompt."""
+    cfg = bundle.cfg
+    if cfg.condition in ("prefix", "column"):
+        if not cfg.prompt:
+            raise UserError(f"this checkpoint goes on from a text (--condition {cfg.condition}): give one with --prompt")
+        texts = bundle.sample(torch.full((4,), -1), [cfg.prompt] * 4, cfg.seed)
+        lines = [f"given  {cfg.prompt}", *(f"new    {text}" for text in texts)]
+    else:
+        lines = bundle.labelled(4)
+    print("wrote", show(out, f"samples_{tag(cfg)}", lines))
+
+
+# -- score --------------------------------------------------------------------------------------------------------------
+
+
+def score(bundle: Bundle, texts: Texts, out: Path) -> None:
+    """Print how well texts are copied through the codes, how the denoiser does at each noise level, and what its own texts are like."""
+    cfg, codec, vae, device = bundle.cfg, bundle.codec, bundle.vae, bundle.device
+    train, test = cut(cfg, codec, texts, "train"), cut(cfg, codec, texts, "test")
+    order = torch.randperm(len(test.x), generator=torch.Generator().manual_seed(cfg.seed))[: cfg.score_n]
+    x, ids = [codec.decode(test.target[i : i + 1])[0] for i in order.tolist()], test.ids[order]
+    greedy = dataclasses.replace(bundle, cfg=dataclasses.replace(cfg, top_p=0.0))
+    torch.manual_seed(cfg.seed)
+    noisy = corrupt(ids, torch.full((len(ids),), 0.3), codec.vocab if codec.encoder == codec.decoder else vae.encoder.config.vocab_size)
+    clean, robust = (metrics.bleu(greedy.write(greedy.latents(i)), x) for i in (ids, noisy))
+    ce = alarm(vae, ids, test.target[order], device)
+    print(f"score: n={len(x)} held-out pieces, seed {cfg.seed}")
+    print(f"  VAE: BLEU {clean:.1f}, of 30% substituted {robust:.1f}; nats a token with matched codes {ce['matched']:.2f}, shuffled {ce['shuffled']:.2f}, zero {ce['zero']:.2f}", flush=True)
+
+    few = order[:100]
+    condition = conditions(cfg, codec, vae, test.y[few], [test.c[i] for i in few.tolist()], device)
+    x0, grid = greedy.latents(test.ids[few]), []
+    for t in [max(1, round(cfg.T * j / 10)) for j in range(10, 0, -1)]:
+        grid.append((bundle.process.a[t] ** 2, metrics.bleu(greedy.write(greedy.guess(x0, condition, t, cfg.seed)), x[: len(few)])))
+    ceiling = metrics.bleu(greedy.write(x0), x[: len(few)])
+    area = metrics.aubleu([*grid, (1.0, ceiling)])
+    print(f"  AuBLEU {area:.1f} of {ceiling:.1f} (n={len(few)}): " + ", ".join(f"{a:.2f}: {b:.1f}" for a, b in grid), flush=True)
+
+    pick = torch.randperm(len(train.x), generator=torch.Generator().manual_seed(cfg.seed))[: cfg.score_n].tolist()
+    y = train.y[pick]
+    start = time.perf_counter()
+    made = bundle.sample(y, [train.c[i] for i in pick], cfg.seed)
+    print(f"  samples: {tag(cfg)}, {time.perf_counter() - start:.1f} s", flush=True)
+    real = [codec.decode(train.target[i : i + 1])[0] for i in pick]
+    held_out = [codec.decode(row[None])[0] for row in test.target[: cfg.score_n]]
+    rows = {"samples": (made, y), "training": (real, y), "held out": (held_out, test.y[: cfg.score_n])}
+    guess, accuracy = metrics.text_classifier(train.x, train.y.tolist(), test.x, test.y.tolist()) if bundle.names else (None, math.nan)
+    if guess:
+        print(f"  label: share read as the class asked for by a classifier that is right on {accuracy:.3f} of held-out texts")
+    for name, (row, labels) in rows.items():
+        values = metrics.score_texts(row, train.x)
+        if guess:
+            values["label"] = sum(a == b for a, b in zip(guess(row), labels.tolist())) / len(row)
+        if cfg.dataset == "grammar":
+            ratings = [grammar_rating(text) for text in row]
+            values |= dict(accepted=sum(r is not None for r in ratings) / len(row), rating=sum(r == i + 1 for r, i in zip(ratings, labels.tolist())) / len(row))
+        print(f"  {name:8}" + "".join(f"  {key} {value:.3g}" for key, value in values.items()), flush=True)
+    show(out, f"planning_{tag(cfg)}", bundle.planning(test.ids[order[:1]], test.y[order[:1]], [test.c[order[0]]]))
+    show(out, f"interpolation_{tag(cfg)}", bundle.interpolation(test.ids[order[:2]]))
+
+
 # -- main ---------------------------------------------------------------------------------------------------------------
 
 
 def main(cfg: Config) -> None:
     device = pick_device(cfg.device)
-    cfg = dataclasses.replace(cfg, out=cfg.out or f"out/{Path(cfg.dataset).stem.lower()}")
+    given = cfg.sample_from or cfg.score_from
+    cfg = dataclasses.replace(cfg, out=cfg.out or (str(Path(given).parent) if given else f"out/{Path(cfg.dataset).stem.lower()}"))
+    if cfg.sample_from:
+        return sample(load_bundle(cfg, Path(given), device), Path(cfg.out))
     texts = load_texts(cfg.dataset, cfg.text_column, cfg.label_column, cfg.condition_column)
-    if cfg.stage in ("all", "vae"):
-        train_vae(cfg, texts, device)
+    if given:
+        return score(load_bundle(cfg, Path(given), device), texts, Path(cfg.out))
+    for stage, train in (("vae", train_vae), ("diffusion", train_diffusion)):
+        if cfg.stage in ("all", stage):
+            if finished(cfg, stage):
+                print(f"{cfg.out}/{stage}/last.pt is finished: loaded, not trained again")
+            else:
+                train(cfg, texts, device)
+            wait()
+    path = Path(cfg.out) / "diffusion" / "last.pt"
+    if cfg.stage in ("all", "sample", "score") and is_main():
+        bundle = load_bundle(cfg, path, device)
+        if cfg.stage != "score" and (cfg.condition in ("none", "label") or cfg.prompt):
+            sample(bundle, Path(cfg.out))
+        if cfg.stage == "score" or cfg.stage == "all" and cfg.score_n:
+            score(bundle, texts, Path(cfg.out))
+        print(f"sample again: python textgen.py --sample_from {shlex.quote(str(path))}")
 
 
 if __name__ == "__main__":

@@ -60,6 +60,17 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def is_main() -> bool:
+    """Whether this process is the one that writes files and prints."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def wait() -> None:
+    """Wait until every process of torchrun is here: what one of them wrote, the others can read."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def reason(error: Exception) -> str:
     """The first line of what a library raised."""
     return (str(error) or type(error).__name__).splitlines()[0][:150]
@@ -188,8 +199,7 @@ class Run:
 
     @property
     def main(self) -> bool:
-        """Whether this process is the one that writes files and prints."""
-        return self.rank == 0
+        return is_main()
 
     def steps(self, n: int):
         """Yield (step, indices of this process's part of the batch) for n samples; log, save and stop at signals in between."""
