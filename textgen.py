@@ -20,10 +20,10 @@ import metrics
 from data import Codec, Texts, grammar_rating, load_texts, pretrained_codec, train_codec, windows
 from diffusion import SCHEDULES, Diffusion, Transformer, noise_shift
 from training import Run, UserError, autocast, is_main, load_checkpoint, load_weights, pick_device, reason, run_script, wait
-from vae import TextVAE, backbone, corrupt, small_backbones
+from vae import LabelGPT, TextVAE, backbone, corrupt, small_backbones, small_gpt
 
 SIZES = {  # what a field left at 0 or "" becomes
-    "tiny": dict(encoder="scratch", decoder="scratch", max_tokens=64, d=64, lr=1e-3, vae_steps=3000, vae_batch=32, width=192, depth=6, diffusion_steps=3000, diffusion_batch=128),
+    "tiny": dict(encoder="scratch", decoder="scratch", max_tokens=64, d=64, lr=1e-3, vae_steps=6000, vae_batch=32, width=192, depth=6, diffusion_steps=3000, diffusion_batch=128),
     "base": dict(encoder="bert-base-uncased", decoder="gpt2", max_tokens=256, d=128, lr=1e-4, vae_steps=50_000, vae_batch=128, width=768, depth=12, diffusion_steps=100_000, diffusion_batch=256),
 }
 
@@ -84,6 +84,7 @@ class Config:
     top_p: float = 0.0  # decode greedily (0), or from the smallest set of tokens with this probability
     prompt: str = ""  # prefix and column: the text to go on from; empty: texts of the test split
     score_n: int = 200  # texts of a score; 0: no score after training
+    compare: bool = True  # score: train a GPT-2 of equal size for at most as long, and another for the perplexity
     # -- the run --
     stage: Literal["all", "vae", "diffusion", "sample", "score"] = "all"  # what to do; a finished stage is loaded, not run again
     out: str = ""  # folder of the run; default out/DATASET
@@ -122,8 +123,8 @@ class Config:
         need("lr", 1e-9, 1)
         need("shift", 0.01, 100)
         need("steps", 1, self.T)
-        if self.width % 16 or self.vae_width % 48:
-            raise ValueError(f"width must be divisible by 16 and vae_width by 48, got {self.width} and {self.vae_width}")
+        if self.width % 16 or self.vae_width % 8:
+            raise ValueError(f"width must be divisible by 16 and vae_width by 8, got {self.width} and {self.vae_width}")
         if self.sample_from and self.score_from:
             raise ValueError("choose one of sample_from and score_from")
         if (self.condition == "column") != bool(self.condition_column):
@@ -136,7 +137,7 @@ class VAEStage(Config):
 
 def stage_config(cfg: Config, stage: str) -> Config:
     """cfg as the training loop of a stage reads it: its folder, steps and batch."""
-    steps, batch = getattr(cfg, f"{stage}_steps"), getattr(cfg, f"{stage}_batch")
+    steps, batch = (cfg.vae_steps + cfg.diffusion_steps, cfg.vae_batch) if stage in ("baseline", "judge") else (getattr(cfg, f"{stage}_steps"), getattr(cfg, f"{stage}_batch"))
     settings = asdict(cfg) | dict(out=f"{cfg.out}/{stage}", max_steps=min(steps, cfg.max_steps or steps), batch_size=cfg.batch_size or batch)
     return (VAEStage if stage == "vae" else Config)(**settings)
 
@@ -334,7 +335,7 @@ def train_diffusion(cfg: Config, texts: Texts, device) -> None:
     vae = load_vae(cfg, checkpoint["facts"], weights, path, device)
     cfg, codec = stage_config(cfg, "diffusion"), Codec(**checkpoint["facts"]["codec"])
     digest = hashlib.sha256(b"".join(w.cpu().numpy().tobytes() for w in weights.values())).hexdigest()[:12]
-    facts = checkpoint["facts"] | dict(stage="diffusion", checksum=texts.checksum(), vae=digest)
+    facts = checkpoint["facts"] | dict(stage="diffusion", checksum=texts.checksum(), vae=digest, vae_seconds=checkpoint["seconds"])
     train = cut(cfg, codec, texts, "train")
     need_batch(len(train.x), cfg.batch_size, "pieces of text")
     z = encode_all(vae, train.ids, device)
@@ -438,6 +439,12 @@ def load_bundle(cfg: Config, path: Path, device) -> Bundle:
     return Bundle(cfg, Codec(**facts["codec"]), vae, process, model.eval(), extra["mean"], extra["std"], facts["names"], device)
 
 
+def seconds(path: Path, cfg: Config) -> float:
+    """Training seconds of the diffusion's checkpoint and of its VAE."""
+    checkpoint = load_checkpoint(path, cfg.kind)
+    return checkpoint["seconds"] + checkpoint["facts"]["vae_seconds"]
+
+
 def tag(cfg: Config) -> str:
     return f"{cfg.sampler}_{cfg.steps}_guidance{cfg.guidance:g}_seed{cfg.seed}"
 
@@ -458,7 +465,53 @@ def sample(bundle: Bundle, out: Path) -> None:
 # -- score --------------------------------------------------------------------------------------------------------------
 
 
-def score(bundle: Bundle, texts: Texts, out: Path) -> None:
+def train_gpt(bundle: Bundle, train: Pieces, test: Pieces, out: Path, stage: str, seconds: float) -> LabelGPT:
+    """A GPT-2 about as large as the bundle's networks, trained in out/STAGE until its held-out loss rises or the seconds are over.
+
+    The "baseline" is given the labels; the "judge", which gives the perplexities, is not, and has another seed.
+    """
+    device, codec = bundle.device, bundle.codec
+    cfg = stage_config(dataclasses.replace(bundle.cfg, out=str(out), seed=bundle.cfg.seed + (stage == "judge"), resume=(out / stage / "last.pt").exists()), stage)
+    size, D = sum(p.numel() for net in (bundle.vae, bundle.model) for p in net.parameters()), cfg.vae_width * 3 // 2
+    torch.manual_seed(cfg.seed)
+    if cfg.decoder == "scratch":
+        decoder = small_gpt(codec.vocab, D, max(1, round((size - codec.vocab * D) / (12 * D**2))), cfg.max_tokens + 1)
+    else:
+        decoder = backbone(cfg.decoder, part="decoder")
+    model = LabelGPT(decoder, len(bundle.names), codec.eos).to(device)
+    path = Path(cfg.out) / "last.pt"
+    if path.exists() and (saved := load_checkpoint(path, cfg.kind))["extra"].get("done"):
+        load_weights(model, saved["ema"], path)
+        return model.eval()
+    run = Run(cfg, model, device, dict(stage=stage, texts=len(train.x)), extra=dict(done=False))
+    print(f"{stage}: a GPT-2 of {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters beside our {size / 1e6:.2f} M, at most {seconds:.0f} s", flush=True)
+    target, y = train.target.to(device), (train.y if stage == "baseline" else torch.full_like(train.y, -1)).to(device)
+    before = math.inf
+    for step, batch in run.steps(len(target)):
+        with autocast(device, cfg.precision):
+            loss = run.model(y[batch], target[batch])
+        run.update(loss)
+        if step % min(250, cfg.sample_every) == 0:
+            with run.pause():
+                y_test = test.y if stage == "baseline" else torch.full_like(test.y, -1)
+                now = nats(run.ema.module, y_test[:256], test.target[:256], device)
+            print(f"step {step}: held-out nats a token {now:.3f}", flush=True)
+            if now > before or run.seconds > seconds:
+                break
+            before = now
+    run.extra["done"] = True
+    run.save()
+    return run.ema.module.eval()
+
+
+@torch.no_grad()
+def nats(model: LabelGPT, y: Tensor, target: Tensor, device) -> float:
+    """Mean nats a token of targets (N, L) under labels y (N,)."""
+    parts = [(model(a.to(device), b.to(device)).item(), (b >= 0).sum().item()) for a, b in zip(y.split(64), target.split(64))]
+    return sum(ce * n for ce, n in parts) / sum(n for _, n in parts)
+
+
+def score(bundle: Bundle, texts: Texts, out: Path, seconds: float) -> None:
     """Print how well texts are copied through the codes, how the denoiser does at each noise level, and what its own texts are like."""
     cfg, codec, vae, device = bundle.cfg, bundle.codec, bundle.vae, bundle.device
     train, test = cut(cfg, codec, texts, "train"), cut(cfg, codec, texts, "test")
@@ -489,17 +542,25 @@ def score(bundle: Bundle, texts: Texts, out: Path) -> None:
     real = [codec.decode(train.target[i : i + 1])[0] for i in pick]
     held_out = [codec.decode(row[None])[0] for row in test.target[: cfg.score_n]]
     rows = {"samples": (made, y), "training": (real, y), "held out": (held_out, test.y[: cfg.score_n])}
+    if cfg.compare:
+        judge, baseline = (train_gpt(bundle, train, test, out, stage, seconds) for stage in ("judge", "baseline"))
+        for top_p in (0.92, 1.0):
+            torch.manual_seed(cfg.seed)
+            ids = [baseline.generate(baseline.read(part.to(device)), cfg.max_tokens, top_p) for part in y.split(64)]
+            rows[f"GPT-2 top-p {top_p:g}"] = [text for part in ids for text in codec.decode(part)], y
     guess, accuracy = metrics.text_classifier(train.x, train.y.tolist(), test.x, test.y.tolist()) if bundle.names else (None, math.nan)
     if guess:
         print(f"  label: share read as the class asked for by a classifier that is right on {accuracy:.3f} of held-out texts")
     for name, (row, labels) in rows.items():
         values = metrics.score_texts(row, train.x)
+        if cfg.compare:
+            values["perplexity"] = math.exp(nats(judge, torch.full((len(row),), -1), codec.encode(row)[1], device))
         if guess:
             values["label"] = sum(a == b for a, b in zip(guess(row), labels.tolist())) / len(row)
         if cfg.dataset == "grammar":
             ratings = [grammar_rating(text) for text in row]
             values |= dict(accepted=sum(r is not None for r in ratings) / len(row), rating=sum(r == i + 1 for r, i in zip(ratings, labels.tolist())) / len(row))
-        print(f"  {name:8}" + "".join(f"  {key} {value:.3g}" for key, value in values.items()), flush=True)
+        print(f"  {name:14}" + "".join(f"  {key} {value:.3g}" for key, value in values.items()), flush=True)
     show(out, f"planning_{tag(cfg)}", bundle.planning(test.ids[order[:1]], test.y[order[:1]], [test.c[order[0]]]))
     show(out, f"interpolation_{tag(cfg)}", bundle.interpolation(test.ids[order[:2]]))
 
@@ -515,7 +576,7 @@ def main(cfg: Config) -> None:
         return sample(load_bundle(cfg, Path(given), device), Path(cfg.out))
     texts = load_texts(cfg.dataset, cfg.text_column, cfg.label_column, cfg.condition_column)
     if given:
-        return score(load_bundle(cfg, Path(given), device), texts, Path(cfg.out))
+        return score(load_bundle(cfg, Path(given), device), texts, Path(cfg.out), seconds(Path(given), cfg))
     for stage, train in (("vae", train_vae), ("diffusion", train_diffusion)):
         if cfg.stage in ("all", stage):
             if finished(cfg, stage):
@@ -527,9 +588,9 @@ def main(cfg: Config) -> None:
     if cfg.stage in ("all", "sample", "score") and is_main():
         bundle = load_bundle(cfg, path, device)
         if cfg.stage != "score" and (cfg.condition in ("none", "label") or cfg.prompt):
-            sample(bundle, Path(cfg.out))
+            sample(bundle, path.parent)
         if cfg.stage == "score" or cfg.stage == "all" and cfg.score_n:
-            score(bundle, texts, Path(cfg.out))
+            score(bundle, texts, path.parent, seconds(path, cfg))
         print(f"sample again: python textgen.py --sample_from {shlex.quote(str(path))}")
 
 

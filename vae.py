@@ -29,13 +29,16 @@ def no_pooler(config) -> dict:
 
 
 def small_backbones(vocab: int, D: int, depth: int, length: int) -> tuple[nn.Module, nn.Module]:
-    """BERT and GPT-2 of the same width D, depth and vocabulary, random weights, for sequences of up to `length` tokens."""
-    heads = max(1, D // 48)
-    bert = dict(vocab_size=vocab, hidden_size=D, num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=4 * D)
-    gpt = dict(vocab_size=vocab, n_embd=D, n_layer=depth, n_head=heads, n_positions=length, bos_token_id=1, eos_token_id=1)
+    """BERT and GPT-2 of the same width D, depth and vocabulary, random weights, for sequences of up to `length` tokens. D divisible by 4."""
+    bert = dict(vocab_size=vocab, hidden_size=D, num_hidden_layers=depth, num_attention_heads=4, intermediate_size=4 * D)
     none = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    encoder = BertModel(BertConfig(**bert, **none, max_position_embeddings=length), add_pooling_layer=False)
-    return encoder, GPT2LMHeadModel(GPT2Config(**gpt, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    return BertModel(BertConfig(**bert, **none, max_position_embeddings=length), add_pooling_layer=False), small_gpt(vocab, D, depth, length)
+
+
+def small_gpt(vocab: int, D: int, depth: int, length: int) -> GPT2LMHeadModel:
+    """GPT-2 with random weights and no dropout, for up to `length` positions. D divisible by 4."""
+    gpt = dict(vocab_size=vocab, n_embd=D, n_layer=depth, n_head=4, n_positions=length, bos_token_id=1, eos_token_id=1)
+    return GPT2LMHeadModel(GPT2Config(**gpt, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
 
 
 def corrupt(ids: Tensor, p: Tensor, vocab: int, mask_id: int | None = None) -> Tensor:
@@ -53,7 +56,49 @@ def kl(mean: Tensor, var: Tensor) -> Tensor:
     return 0.5 * (mean.square() + var - var.log() - 1).sum(dim=(1, 2)).mean()
 
 
-class TextVAE(nn.Module):
+class Reader(nn.Module):
+    """A GPT-2 that reads vectors z (B, k, d), projected by `prefix`, before the text, which begins and ends with the token eos."""
+
+    def __init__(self, decoder, prefix: nn.Module, eos: int):
+        super().__init__()
+        self.decoder, self.prefix, self.eos = decoder, prefix, eos
+
+    def decode(self, z: Tensor, target: Tensor) -> Tensor:
+        """Logits (B, L, V) of target (B, L) under codes z (B, k, d); those at i depend on z and on targets before i."""
+        ids = F.pad(target.clamp(min=0)[:, :-1], (1, 0), value=self.eos)  # eos x1 .. x(L-1)
+        embeds = torch.cat([self.prefix(z), self.decoder.transformer.wte(ids)], dim=1)  # (B, k + L, D)
+        return self.decoder(inputs_embeds=embeds, logits_to_keep=target.shape[1], use_cache=False).logits
+
+    def cross_entropy(self, z: Tensor, target: Tensor) -> Tensor:
+        """Mean nats a token of target (B, L) under codes z (B, k, d)."""
+        return F.cross_entropy(self.decode(z, target).float().flatten(0, 1), target.flatten(), ignore_index=-100)
+
+    @torch.no_grad()
+    def generate(self, z: Tensor, max_tokens: int, top_p: float = 0.0) -> Tensor:
+        """Token ids (B, at most max_tokens) of texts for codes z (B, k, d): greedy, or drawn from the nucleus top_p; after the end token, eos."""
+        embeds = torch.cat([self.prefix(z), self.decoder.transformer.wte.weight[self.eos].expand(len(z), 1, -1)], dim=1)
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=z.device)
+        how = dict(do_sample=True, top_p=top_p, top_k=0) if top_p else dict(do_sample=False)
+        return self.decoder.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=max_tokens, eos_token_id=self.eos, pad_token_id=self.eos, **how)
+
+
+class LabelGPT(Reader):
+    """The autoregressive baseline: a GPT-2 that reads a class label y (B,), -1 for none, as one embedded vector."""
+
+    def __init__(self, decoder, classes: int, eos: int):
+        super().__init__(decoder, nn.Identity(), eos)
+        self.label = nn.Embedding(classes + 1, decoder.config.n_embd)  # row 0 is "no label"
+
+    def read(self, y: Tensor) -> Tensor:
+        """The prefix (B, 1, D) of labels y (B,)."""
+        return self.label(y + 1)[:, None]
+
+    def forward(self, y: Tensor, target: Tensor) -> Tensor:
+        """Training loss: mean nats a token of target (B, L)."""
+        return self.cross_entropy(self.read(y), target)
+
+
+class TextVAE(Reader):
     """Encoder, k codes (the first k states of the encoder, projected to width d), decoder that reads them as an embedded prefix.
 
     eos: the decoder's end token, which also begins a text. variance: "fixed" (codes are read with noise of standard deviation
@@ -62,13 +107,12 @@ class TextVAE(nn.Module):
     """
 
     def __init__(self, encoder, decoder, k: int, d: int, eos: int, *, tanh=True, variance="fixed", noise=0.15, beta=0.0, p_max=0.3, mask_id=None):
-        super().__init__()
-        self.encoder, self.decoder, self.k, self.d, self.eos = encoder, decoder, k, d, eos
+        super().__init__(decoder, nn.Linear(d, decoder.config.n_embd), eos)
+        self.encoder, self.k, self.d = encoder, k, d
         self.tanh, self.noise, self.beta, self.p_max, self.mask_id = tanh, noise, beta, p_max, mask_id
         D = encoder.config.hidden_size
         self.fc_mean = nn.Linear(D, d)
         self.fc_log_var = nn.Linear(D, d) if variance == "learned" else None
-        self.prefix = nn.Linear(d, decoder.config.n_embd)
 
     def states(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states (B, L, D) of the encoder for ids (B, L), and the mask (B, L) of those that stand for a token; L at least k."""
@@ -85,27 +129,9 @@ class TextVAE(nn.Module):
         var = torch.full_like(mean, self.noise**2) if self.fc_log_var is None else self.fc_log_var(h).float().clamp(-20, 5).exp()
         return mean, var
 
-    def decode(self, z: Tensor, target: Tensor) -> Tensor:
-        """Logits (B, L, V) of target (B, L) under codes z (B, k, d); those at i depend on z and on targets before i."""
-        ids = F.pad(target.clamp(min=0)[:, :-1], (1, 0), value=self.eos)  # eos x1 .. x(L-1)
-        embeds = torch.cat([self.prefix(z), self.decoder.transformer.wte(ids)], dim=1)  # (B, k + L, D)
-        return self.decoder(inputs_embeds=embeds, logits_to_keep=target.shape[1], use_cache=False).logits
-
-    def cross_entropy(self, z: Tensor, target: Tensor) -> Tensor:
-        """Mean nats a token of target (B, L) under codes z (B, k, d)."""
-        return F.cross_entropy(self.decode(z, target).float().flatten(0, 1), target.flatten(), ignore_index=-100)
-
     def forward(self, ids: Tensor, target: Tensor) -> Tensor:
         """Training loss: encode corrupted ids (B, L), draw the codes, cross-entropy of target (B, L); plus beta KL."""
         p = torch.rand(len(ids), device=ids.device) * self.p_max
         mean, var = self.encode(corrupt(ids, p, self.encoder.config.vocab_size, self.mask_id))
         loss = self.cross_entropy(mean + var.sqrt() * torch.randn_like(mean), target)
         return loss + self.beta * kl(mean, var) if self.beta else loss
-
-    @torch.no_grad()
-    def generate(self, z: Tensor, max_tokens: int, top_p: float = 0.0) -> Tensor:
-        """Token ids (B, at most max_tokens) of texts for codes z (B, k, d): greedy, or drawn from the nucleus top_p; after the end token, eos."""
-        embeds = torch.cat([self.prefix(z), self.decoder.transformer.wte.weight[self.eos].expand(len(z), 1, -1)], dim=1)
-        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=z.device)
-        how = dict(do_sample=True, top_p=top_p, top_k=0) if top_p else dict(do_sample=False)
-        return self.decoder.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=max_tokens, eos_token_id=self.eos, pad_token_id=self.eos, **how)
