@@ -3,8 +3,9 @@
     pip install -r requirements-dev.txt
     python bench.py images                                  FashionMNIST from ./data; about 70 minutes on two CPU cores
     python bench.py images --seconds 0                      speed only, about 4 minutes
+    python bench.py text                                    textgen.py beside PLANNER's way of doing the same; about 5 minutes
 
-Peers: diffusers' UNet2DModel and denoising-diffusion-pytorch's Unet, each with its own loss, at comparable parameter counts. All are
+Peers of images: diffusers' UNet2DModel and denoising-diffusion-pytorch's Unet, each with its own loss, at comparable parameter counts. All are
 unconditional and share the batch, optimizer, learning rate, warm-up, clipping and EMA of imagen.py; what differs is the network, the recipe, and that
 ours runs in bf16 where the hardware has it (but for the row "ours, fp32") while the peers run as they come, in float32.
 """
@@ -25,32 +26,36 @@ import tyro
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel, BertConfig
 
 import imagen
 import metrics
-from data import load_images
+import textgen
+from data import Codec, load_images, load_texts
 from training import UserError, autocast, batch_indices, ema_ramp, pick_device, run_script
+from vae import TextVAE, corrupt, kl, small_backbones
 
 
 @dataclass(frozen=True)
 class Config:
     """Settings of a comparison."""
 
-    what: tyro.conf.Positional[Literal["images"]]  # what to compare
-    dataset: str = "fashionmnist"  # any data set of imagen.py with classes, one channel and sides divisible by 4
+    what: tyro.conf.Positional[Literal["images", "text"]]  # what to compare
+    dataset: str = "fashionmnist"  # images: any data set of imagen.py with classes, one channel and sides divisible by 4
     data_dir: str = "data"  # where torchvision finds its data sets, or puts them
     rounds: int = 7  # interleaved rounds of the speed measurement
     round_steps: int = 4  # training steps of each side in a round
-    seconds: float = 240.0  # training seconds of each side before it is scored; 0 leaves scores out
+    seconds: float = 240.0  # images: training seconds of each side before it is scored; 0 leaves scores out
     seeds: tuple[int, ...] = (0, 1, 2)  # seeds of the scored training runs
     score_n: int = 250  # samples of a score; at most the number of training images
-    batch_size: int = 64  # images of a training step
+    batch_size: int = 64  # images of a training step, or reviews written at a time
+    base_batch: int = 8  # text: codes of a diffusion step at the base size
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda where there is one, else mps, else cpu
     out: str = "out/bench"  # folder of the sample grids
 
     def __post_init__(self):
-        if min(self.rounds, self.round_steps, self.batch_size, len(self.seeds)) < 1 or self.seconds < 0 or self.score_n < 10:
-            raise ValueError("rounds, round_steps, batch_size and the number of seeds must be at least 1, seconds 0, score_n 10")
+        if min(self.rounds, self.round_steps, self.batch_size, self.base_batch, len(self.seeds)) < 1 or self.seconds < 0 or self.score_n < 10:
+            raise ValueError("rounds, round_steps, batch_size, base_batch and the number of seeds must be at least 1, seconds 0, score_n 10")
 
 
 class Ours:
@@ -163,6 +168,19 @@ def synchronize(device) -> None:
         torch.cuda.synchronize()
 
 
+def interleaved(sides: dict, rounds: int, device) -> dict[str, list[float]]:
+    """Seconds of every side(round) in each round, all sides in turn, after a round that warms up."""
+    took = {name: [] for name in sides}
+    for r in range(-1, rounds):
+        for name, side in sides.items():
+            synchronize(device)
+            start = time.perf_counter()
+            side(r + 1)
+            synchronize(device)
+            took[name] += [time.perf_counter() - start] * (r >= 0)
+    return took
+
+
 def peak_memory(name: str, size: int, batch_size: int, device_name: str, pipe) -> None:
     """In a process of its own: MiB that three training steps add to the peak (CPU: resident size; CUDA: allocated)."""
     device = pick_device(device_name)
@@ -182,25 +200,12 @@ def spread(values) -> str:
 def speed(cfg: Config, x: Tensor, device) -> None:
     """Print size, speed, memory and sampling time of every side; ratios are taken round by round."""
     trainers = {name: Trainer(make(x.shape[-1], device), x, cfg.batch_size, 0) for name, make in SIDES.items()}
-    rates = {name: [] for name in SIDES}
-    for r in range(-1, cfg.rounds):  # round -1 warms up
-        for name, trainer in trainers.items():
-            synchronize(device)
-            start = time.perf_counter()
-            for _ in range(cfg.round_steps):
-                trainer.train_step()
-            synchronize(device)
-            if r >= 0:
-                rates[name].append(cfg.round_steps * cfg.batch_size / (time.perf_counter() - start))
-    times = {name: [] for name in SIDES}
-    for r in range(3):  # 64 samples; the long loops are timed on their first 10 evaluations of 1000 and scaled
-        for name, trainer in trainers.items():
-            side = trainer.side
-            synchronize(device)
-            start = time.perf_counter()
-            side.sample(trainer.ema, (64, *x.shape[1:]), torch.Generator().manual_seed(r), 10)
-            synchronize(device)
-            times[name].append((time.perf_counter() - start) * side.usual / 10)
+    work = lambda trainer: [trainer.train_step() for _ in range(cfg.round_steps)]
+    took = interleaved({name: lambda r, t=trainer: work(t) for name, trainer in trainers.items()}, cfg.rounds, device)
+    rates = {name: [cfg.round_steps * cfg.batch_size / seconds for seconds in row] for name, row in took.items()}
+    draw = lambda t, r: t.side.sample(t.ema, (64, *x.shape[1:]), torch.Generator().manual_seed(r), 10)
+    took = interleaved({name: lambda r, t=trainer: draw(t, r) for name, trainer in trainers.items()}, 3, device)
+    times = {name: [seconds * trainers[name].side.usual / 10 for seconds in row] for name, row in took.items()}  # long loops scaled from 10 evaluations
     print("| side | M parameters | MFLOP forward, an image | train images/s | ours / it, a round | peak MiB | evaluations, usual | s for 64 samples, from 10 evaluations |")
     print("|---|---|---|---|---|---|---|---|")
     for name, trainer in trainers.items():
@@ -245,8 +250,76 @@ def quality(cfg: Config, images, device) -> None:
         print(f"| {name} | {spread(values)} | {spread([a / b for a, b in zip(values, scores['ours'])])} |")
 
 
+def planner_loss(vae: TextVAE, ids: Tensor, target: Tensor) -> Tensor:
+    """The loss of vae (with learned variance) by the road that PLANNER's code takes: one run of the encoder for the mean and one for the variance;
+    the codes pass through the decoder by themselves, and the text reads its keys and values from that pass's cache."""
+    noisy = corrupt(ids, torch.rand(len(ids), device=ids.device) * vae.p_max, vae.encoder.config.vocab_size)
+    mean = vae.fc_mean(vae.states(noisy)[0][:, : vae.k]).tanh()
+    var = vae.fc_log_var(vae.states(noisy)[0][:, : vae.k]).clamp(-20, 5).exp()
+    z = mean + var.sqrt() * torch.randn_like(mean)
+    cache = vae.decoder.transformer(inputs_embeds=vae.prefix(z), use_cache=True).past_key_values
+    read = torch.nn.functional.pad(target.clamp(min=0)[:, :-1], (1, 0), value=vae.eos)
+    logits = vae.decoder(input_ids=read, past_key_values=cache).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100) + vae.beta * kl(mean, var)
+
+
+def text(cfg: Config, device) -> None:
+    """Print three ratios: a step of the VAE, a step of the diffusion, and writing reviews."""
+    tiny = textgen.Config(dataset="grammar")
+    texts = load_texts("grammar")
+    facts = textgen.vae_facts(tiny, texts, Path(cfg.out))
+    codec, vae = Codec(**facts["codec"]), textgen.build_vae(tiny, facts, device)
+    ids, target = (part[: tiny.vae_batch].to(device) for part in codec.encode(texts.x[: tiny.vae_batch]))
+    theirs = TextVAE(*small_backbones(codec.vocab, tiny.vae_width, tiny.vae_depth, tiny.max_tokens + tiny.k + 1), tiny.k, tiny.d, codec.eos, variance="learned", beta=1e-5).to(device)
+
+    def step(model, loss):
+        opt = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type != "mps")
+
+        def work(_):
+            for _ in range(cfg.round_steps):
+                loss().backward()
+                opt.step()
+                opt.zero_grad()
+
+        return work
+
+    sides = {"ours": step(vae, lambda: vae(ids, target)), "PLANNER's way": step(theirs, lambda: planner_loss(theirs, ids, target))}
+    compare(f"VAE step, tiny, batch {tiny.vae_batch}, float32", sides, cfg, device)
+
+    base = textgen.Config(dataset="grammar", size="base")
+    encoder = AutoModel.from_config(BertConfig(), add_pooling_layer=False).to(device).eval()  # bert-base's shape, random weights
+    process, denoiser = textgen.build_denoiser(base, dict(names=texts.names), vae, device)
+    words = torch.randint(1000, 30_000, (cfg.base_batch, base.max_tokens), device=device)
+    labels, stored = torch.zeros(cfg.base_batch, dtype=torch.long, device=device), torch.randn(cfg.base_batch, base.k, base.d, device=device)
+
+    def encoded():
+        with torch.no_grad():
+            return encoder(input_ids=words).last_hidden_state[:, : base.k, : base.d]
+
+    loss = lambda z: process.loss(denoiser, z, labels, base.label_drop)
+    sides = {"stored codes": step(denoiser, lambda: loss(stored)), "encoded on the fly": step(denoiser, lambda: loss(encoded()))}
+    compare(f"diffusion step, base, batch {cfg.base_batch}, {base.max_tokens} tokens, float32", sides, cfg, device)
+
+    process, denoiser = textgen.build_denoiser(tiny, dict(names=texts.names), vae, device)
+    bundle = textgen.Bundle(tiny, codec, vae.eval(), process, denoiser.eval(), torch.zeros(tiny.k, tiny.d), torch.ones(tiny.k, tiny.d), texts.names, device)
+    many = lambda r: bundle.sample(torch.zeros(cfg.batch_size, dtype=torch.long), [""] * cfg.batch_size, r)
+    single = lambda r: [bundle.sample(torch.zeros(1, dtype=torch.long), [""], r) for _ in range(4)]
+    compare(f"writing {cfg.batch_size} reviews, tiny, 20 steps of diffusion; one by one from 4", {"in a batch": many, "one by one": single}, cfg, device, cfg.batch_size / 4)
+
+
+def compare(title: str, sides: dict, cfg: Config, device, scale: float = 1.0) -> None:
+    """Print the seconds of two sides, those of the second times `scale`, and their ratio, round by round."""
+    took = interleaved(sides, cfg.rounds, device)
+    (a, ours), (b, theirs) = took.items()
+    theirs = [seconds * scale for seconds in theirs]
+    print(f"{title}: {a} {np.median(ours):.3f} s, {b} {np.median(theirs):.3f} s, ratio {spread([t / o for o, t in zip(ours, theirs)])}", flush=True)
+
+
 def main(cfg: Config) -> None:
     device = pick_device(cfg.device)
+    if cfg.what == "text":
+        print(f"{device}, {torch.get_num_threads()} threads, {platform.machine()}; torch {version('torch')}, transformers {version('transformers')}; {cfg.rounds} interleaved rounds\n")
+        return text(cfg, device)
     images = load_images(cfg.dataset, cfg.data_dir)
     if images.x.shape[1] != 1 or images.x.shape[-1] % 4 or images.x.shape[-1] != images.x.shape[-2]:
         raise UserError(f"the peers are set up for one channel and square images of a side divisible by 4, got {tuple(images.x.shape[1:])}; choose another --dataset")

@@ -194,6 +194,7 @@ def _rows(dataset: str):
     elif dataset not in HUB and "/" not in dataset:
         raise UserError(f"no data set {dataset!r}; choose grammar, tripadvisor, a hub name such as owner/name, or the path of a csv, jsonl, parquet or txt file")
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log, it also raises
     try:
         if path.suffix.lower() in READERS:
             return datasets.load_dataset(READERS[path.suffix.lower()], data_files=str(path))

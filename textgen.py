@@ -27,6 +27,8 @@ SIZES = {  # what a field left at 0 or "" becomes
     "base": dict(encoder="bert-base-uncased", decoder="gpt2", max_tokens=256, d=128, lr=1e-4, vae_steps=50_000, vae_batch=128, width=768, depth=12, diffusion_steps=100_000, diffusion_batch=256),
 }
 
+ALARM_FROM = 1000  # steps of the VAE before which its codes may still be ignored
+
 
 @dataclass(frozen=True)
 class Config:
@@ -253,7 +255,7 @@ def train_vae(cfg: Config, texts: Texts, device) -> None:
             with run.pause():
                 ce = alarm(run.ema.module, test.ids[:128], test.target[:128], device)
                 print(f"step {step}: held-out nats a token: " + ", ".join(f"{name} codes {value:.2f}" for name, value in ce.items()), flush=True)
-                if step >= 1000 and ce["shuffled"] - ce["matched"] < 0.1:
+                if step >= ALARM_FROM and ce["shuffled"] - ce["matched"] < 0.1:
                     print("warning: the decoder ignores the codes (posterior collapse): lower --beta or --p_max, or train longer")
     if run.main:
         lines = reconstructions(cfg, codec, run.ema.module, test, device)
@@ -288,7 +290,7 @@ def finished(cfg: Config, stage: str) -> bool:
     for name in cfg.fixed:
         if checkpoint["config"][name] != getattr(cfg, name):
             raise UserError(f"--{name} {getattr(cfg, name)}, but {path} was trained with {checkpoint['config'][name]}: keep it, or choose another --out")
-    return checkpoint["step"] >= cfg.max_steps or "done" in checkpoint["extra"]
+    return checkpoint["step"] >= cfg.max_steps 
 
 
 def build_denoiser(cfg: Config, facts: dict, vae: TextVAE, device) -> tuple[Diffusion, Transformer]:
@@ -408,7 +410,7 @@ class Bundle:
         x0, t_batch = x0.to(self.device), torch.full((len(x0),), t, device=self.device)
         eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
         xt = self.process.q_sample(x0, t_batch, eps)
-        return self.process.predict_x0(self.model(xt, t_batch, y).float(), xt, t).cpu()
+        return self.process.predict_x0(self.model(xt, t_batch, at(y, slice(None))).float(), xt, t).cpu()
 
     def planning(self, ids: Tensor, y: Tensor, c: list[str]) -> list[str]:
         """One held-out text, ids (1, L), noised to several levels and decoded from the denoiser's guess: text that comes into focus."""
@@ -466,39 +468,39 @@ def sample(bundle: Bundle, out: Path) -> None:
 
 
 def train_gpt(bundle: Bundle, train: Pieces, test: Pieces, out: Path, stage: str, seconds: float) -> LabelGPT:
-    """A GPT-2 about as large as the bundle's networks, trained in out/STAGE until its held-out loss rises or the seconds are over.
+    """A GPT-2 trained in out/STAGE until its held-out loss rises or the seconds are over.
 
-    The "baseline" is given the labels; the "judge", which gives the perplexities, is not, and has another seed.
+    The "baseline" is as large as VAE and denoiser together and is given the labels; the "judge", which gives the perplexities, is as large
+    as the VAE's decoder, is not given them, and has another seed.
     """
-    device, codec = bundle.device, bundle.codec
-    cfg = stage_config(dataclasses.replace(bundle.cfg, out=str(out), seed=bundle.cfg.seed + (stage == "judge"), resume=(out / stage / "last.pt").exists()), stage)
-    size, D = sum(p.numel() for net in (bundle.vae, bundle.model) for p in net.parameters()), cfg.vae_width * 3 // 2
+    device, codec, path = bundle.device, bundle.codec, out / stage / "last.pt"
+    cfg = stage_config(dataclasses.replace(bundle.cfg, out=str(out), seed=bundle.cfg.seed + (stage == "judge"), resume=path.exists()), stage)
     torch.manual_seed(cfg.seed)
     if cfg.decoder == "scratch":
-        decoder = small_gpt(codec.vocab, D, max(1, round((size - codec.vocab * D) / (12 * D**2))), cfg.max_tokens + 1)
+        size, D = sum(p.numel() for net in (bundle.vae, bundle.model) for p in net.parameters()), cfg.vae_width * 3 // 2
+        D, depth = (D, max(1, round((size - codec.vocab * D) / (12 * D**2)))) if stage == "baseline" else (cfg.vae_width, cfg.vae_depth)
+        decoder = small_gpt(codec.vocab, D, depth, cfg.max_tokens + 1)
     else:
         decoder = backbone(cfg.decoder, part="decoder")
     model = LabelGPT(decoder, len(bundle.names), codec.eos).to(device)
-    path = Path(cfg.out) / "last.pt"
-    if path.exists() and (saved := load_checkpoint(path, cfg.kind))["extra"].get("done"):
+    label = lambda y: y if stage == "baseline" else torch.full_like(y, -1)
+    if path.exists() and (saved := load_checkpoint(path, cfg.kind))["extra"]["done"]:
         load_weights(model, saved["ema"], path)
         return model.eval()
-    run = Run(cfg, model, device, dict(stage=stage, texts=len(train.x)), extra=dict(done=False))
-    print(f"{stage}: a GPT-2 of {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters beside our {size / 1e6:.2f} M, at most {seconds:.0f} s", flush=True)
-    target, y = train.target.to(device), (train.y if stage == "baseline" else torch.full_like(train.y, -1)).to(device)
-    before = math.inf
+    run = Run(cfg, model, device, dict(stage=stage, texts=len(train.x)), extra=dict(done=False, best=math.inf))
+    print(f"{stage}: a GPT-2 of {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, for at most {seconds:.0f} s", flush=True)
+    target, y = train.target.to(device), label(train.y).to(device)
     for step, batch in run.steps(len(target)):
         with autocast(device, cfg.precision):
             loss = run.model(y[batch], target[batch])
         run.update(loss)
         if step % min(250, cfg.sample_every) == 0:
             with run.pause():
-                y_test = test.y if stage == "baseline" else torch.full_like(test.y, -1)
-                now = nats(run.ema.module, y_test[:256], test.target[:256], device)
+                now = nats(run.ema.module, label(test.y[:256]), test.target[:256], device)
             print(f"step {step}: held-out nats a token {now:.3f}", flush=True)
-            if now > before or run.seconds > seconds:
+            if now > run.extra["best"] or run.seconds > seconds:
                 break
-            before = now
+            run.extra["best"] = now
     run.extra["done"] = True
     run.save()
     return run.ema.module.eval()
@@ -541,26 +543,31 @@ def score(bundle: Bundle, texts: Texts, out: Path, seconds: float) -> None:
     print(f"  samples: {tag(cfg)}, {time.perf_counter() - start:.1f} s", flush=True)
     real = [codec.decode(train.target[i : i + 1])[0] for i in pick]
     held_out = [codec.decode(row[None])[0] for row in test.target[: cfg.score_n]]
-    rows = {"samples": (made, y), "training": (real, y), "held out": (held_out, test.y[: cfg.score_n])}
-    if cfg.compare:
-        judge, baseline = (train_gpt(bundle, train, test, out, stage, seconds) for stage in ("judge", "baseline"))
-        for top_p in (0.92, 1.0):
-            torch.manual_seed(cfg.seed)
-            ids = [baseline.generate(baseline.read(part.to(device)), cfg.max_tokens, top_p) for part in y.split(64)]
-            rows[f"GPT-2 top-p {top_p:g}"] = [text for part in ids for text in codec.decode(part)], y
     guess, accuracy = metrics.text_classifier(train.x, train.y.tolist(), test.x, test.y.tolist()) if bundle.names else (None, math.nan)
     if guess:
         print(f"  label: share read as the class asked for by a classifier that is right on {accuracy:.3f} of held-out texts")
-    for name, (row, labels) in rows.items():
-        values = metrics.score_texts(row, train.x)
-        if cfg.compare:
-            values["perplexity"] = math.exp(nats(judge, torch.full((len(row),), -1), codec.encode(row)[1], device))
+    judge = train_gpt(bundle, train, test, out, "judge", seconds) if cfg.compare else None
+
+    def row(name: str, texts: list[str], labels: Tensor) -> None:
+        values = metrics.score_texts(texts, train.x)
+        if judge:
+            values["perplexity"] = math.exp(nats(judge, torch.full((len(texts),), -1), codec.encode(texts)[1], device))
         if guess:
-            values["label"] = sum(a == b for a, b in zip(guess(row), labels.tolist())) / len(row)
+            values["label"] = sum(a == b for a, b in zip(guess(texts), labels.tolist())) / len(texts)
         if cfg.dataset == "grammar":
-            ratings = [grammar_rating(text) for text in row]
-            values |= dict(accepted=sum(r is not None for r in ratings) / len(row), rating=sum(r == i + 1 for r, i in zip(ratings, labels.tolist())) / len(row))
-        print(f"  {name:14}" + "".join(f"  {key} {value:.3g}" for key, value in values.items()), flush=True)
+            ratings = [grammar_rating(text) for text in texts]
+            values |= dict(accepted=sum(r is not None for r in ratings) / len(texts), rating=sum(r == i + 1 for r, i in zip(ratings, labels.tolist())) / len(texts))
+        print(f"  {name:16}" + "".join(f"  {key} {value:.3g}" for key, value in values.items()), flush=True)
+
+    row("samples", made, y)
+    row("training", real, y)
+    row("held out", held_out, test.y[: cfg.score_n])
+    if cfg.compare:
+        baseline = train_gpt(bundle, train, test, out, "baseline", seconds)
+        for top_p in (0.7, 0.92, 1.0):
+            torch.manual_seed(cfg.seed)
+            ids = [baseline.generate(baseline.read(part.to(device)), cfg.max_tokens, top_p) for part in y.split(64)]
+            row(f"GPT-2 top-p {top_p:g}", [text for part in ids for text in codec.decode(part)], y)
     show(out, f"planning_{tag(cfg)}", bundle.planning(test.ids[order[:1]], test.y[order[:1]], [test.c[order[0]]]))
     show(out, f"interpolation_{tag(cfg)}", bundle.interpolation(test.ids[order[:2]]))
 

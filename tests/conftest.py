@@ -9,6 +9,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are about the CPU, where bits repeat
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the hub, and a machine without a network should not wait for it
 
 
 @pytest.fixture
@@ -54,3 +55,4 @@ def fake_fashionmnist(tmp_path_factory):
 
 
 TINY = "--channels 8 16 --blocks 1 1 --batch_size 16 --score_n 0".split()  # the flags of a run of a second or two
+SMALL_TEXT = "--vae_width 32 --vae_depth 1 --vocab 400 --k 4 --d 8 --width 32 --depth 1 --batch_size 16 --steps 4".split()  # and of textgen.py

@@ -26,3 +26,23 @@ def test_side_learns_and_samples(name):
 def test_sides_are_of_comparable_size():
     sizes = {name: sum(p.numel() for p in make(28, CPU).model.parameters()) for name, make in bench.SIDES.items()}
     assert max(sizes.values()) < 1.25 * min(sizes.values()), sizes
+
+
+def test_planners_way_is_the_same_work():
+    """Equal weights and no noise: both roads to the loss end at the same number, and every side gets its gradient."""
+    torch.manual_seed(0)
+    vae = bench.TextVAE(*bench.small_backbones(50, 32, 1, 20), 4, 8, 1, variance="learned", beta=1e-3, p_max=0.0)
+    ids = torch.randint(2, 50, (3, 10))
+    torch.manual_seed(1)
+    ours = vae(ids, ids)
+    torch.manual_seed(1)
+    theirs = bench.planner_loss(vae, ids, ids)
+    torch.testing.assert_close(ours, theirs)
+    theirs.backward()
+    assert not [name for name, p in vae.named_parameters() if p.grad is None]
+
+
+def test_sides_take_turns_after_a_warm_up(monkeypatch):
+    calls = []
+    took = bench.interleaved({"a": lambda r: calls.append(f"a{r}"), "b": lambda r: calls.append(f"b{r}")}, 2, CPU)
+    assert calls == ["a0", "b0", "a1", "b1", "a2", "b2"] and [len(t) for t in took.values()] == [2, 2]

@@ -7,6 +7,7 @@ import pytest
 import scipy.stats
 import torch
 
+import diffusion
 from diffusion import SCHEDULES, Diffusion, StepEmbedding, Transformer, UNet, alpha_bar_cosine, alpha_bar_linear, drop_condition
 
 
@@ -317,3 +318,52 @@ def test_drop_condition_rate_and_labels():
     assert torch.equal(labels == -1, ~mask.any(1))  # label and context go together
     embed = StepEmbedding(8, 10)
     assert torch.equal(embed(torch.ones(1), torch.tensor([-1])), embed(torch.ones(1), None))
+
+
+def test_noise_shift_divides_the_signal_to_noise_ratio():
+    before = diffusion.alpha_bar_cosine(100)
+    after = diffusion.noise_shift(before, 3.0)
+    snr = lambda a: a[1:] / (1 - a[1:])
+    torch.testing.assert_close(snr(after) * 9, snr(before))
+    assert after[0] == 1 and torch.equal(diffusion.noise_shift(before, 1.0), before)
+
+
+def test_self_conditioning_shows_the_guess_of_the_step_before():
+    """In training the first guess, without gradient, in the share of steps asked for; in sampling the guess of the step before, the first time none."""
+    process = diffusion.Diffusion(diffusion.alpha_bar_cosine(50), "x0", self_condition=0.5)
+    w, seen = torch.nn.Parameter(torch.tensor(0.3)), []
+
+    def model(xt, t, y=None, x0=None):
+        seen.append(x0)
+        return w * xt
+
+    torch.manual_seed(0)
+    for _ in range(200):
+        process.loss(model, torch.randn(4, 3, 2))
+    guesses = [g for g in seen if g is not None]
+    assert 70 < len(guesses) < 130 and len(seen) == 200 + len(guesses)
+    assert not any(g.requires_grad for g in guesses)
+    seen.clear()
+    steps = list(process.trajectory(model, (4, 3, 2), sampler="ddim", steps=5))
+    assert seen[0] is None and all(torch.equal(a, b[2]) for a, b in zip(seen[1:], steps))
+
+
+def test_transformer_reads_its_guess_and_none_is_zero():
+    torch.manual_seed(0)
+    net = diffusion.Transformer(6, 32, 1, self_condition=True)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    xt, t, x0 = torch.randn(2, 4, 6), torch.tensor([3, 9]), torch.randn(2, 4, 6)
+    assert torch.equal(net(xt, t), net(xt, t, None, torch.zeros_like(xt)))
+    assert (net(xt, t) - net(xt, t, None, x0)).abs().max() > 1e-3
+    images = diffusion.Transformer(1, 32, 1, patch=2, self_condition=True)
+    assert images(torch.randn(2, 1, 4, 4), t, None, torch.randn(2, 1, 4, 4)).shape == (2, 1, 4, 4)
+
+
+def test_guess_of_x0_takes_a_step_for_each_sample():
+    for predict in ("eps", "x0", "v"):
+        process = diffusion.Diffusion(diffusion.alpha_bar_cosine(50), predict)
+        out, xt = torch.randn(3, 4), torch.randn(3, 4)
+        together = process.predict_x0(out, xt, torch.tensor([1, 20, 45]))
+        for i, step in enumerate((1, 20, 45)):
+            torch.testing.assert_close(together[i], process.predict_x0(out[i], xt[i], step), rtol=1e-4, atol=1e-5)

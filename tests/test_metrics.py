@@ -103,3 +103,37 @@ def test_inception_fid_with_a_small_network_in_place_of_inception(monkeypatch):
     x = torch.randint(0, 256, (150, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert metrics.inception_fid(x, x) == pytest.approx(0, abs=1e-3)
     assert metrics.inception_fid(x // 2, x) > 0.05
+
+
+# -- texts --------------------------------------------------------------------------------------------------------------
+
+
+def test_bleu_is_sacrebleus_and_100_for_copies():
+    texts = ["the room was clean and the staff was kind", "we would come back to this place any day"]
+    assert metrics.bleu(texts, texts) == pytest.approx(100)
+    assert metrics.bleu(["nothing of this kind", "is like that at all"], texts) < 5
+    assert metrics.bleu([texts[0], "we would come back to this place"], texts) == pytest.approx(100 * np.exp(1 - 18 / 16), abs=0.1)  # only brevity
+
+
+def test_aubleu_is_the_area():
+    assert metrics.aubleu([(0.0, 0.0), (1.0, 80.0)]) == pytest.approx(40)
+    assert metrics.aubleu([(1.0, 80.0), (0.0, 0.0), (0.5, 10.0)]) == pytest.approx(0.5 * 5 + 0.5 * 45)  # in any order
+
+
+def test_scores_of_texts_by_hand():
+    train = ["the room was clean", "the pool was cold", "we loved it"]
+    got = metrics.score_texts(["a b a b a b", "c d e f g h"], train)
+    assert got["dist1"] == pytest.approx(8 / 12) and got["dist2"] == pytest.approx(7 / 10) and got["words"] == 6
+    share = np.array([3, 3, 1, 1, 1, 1, 1, 1]) / 12
+    assert got["entropy"] == pytest.approx(-(share * np.log(share)).sum())
+    assert got["rep4"] == pytest.approx((1 / 3 + 0) / 2)  # abab baba abab: one of three was said before
+    assert got["nearest"] == pytest.approx(0) and got["selfBLEU"] < 10
+    same = metrics.score_texts([train[0]] * 3, train)
+    assert same["nearest"] == pytest.approx(1) and same["selfBLEU"] == pytest.approx(100) and same["dist1"] == pytest.approx(4 / 12)
+    assert np.isnan(metrics.score_texts(["", ""], train)["rep4"])  # nothing said, no crash
+
+
+def test_text_classifier_states_its_accuracy_on_held_out_texts():
+    x, y = ["good room", "good staff", "bad room", "bad staff"] * 10, [1, 1, 0, 0] * 10
+    guess, accuracy = metrics.text_classifier(x, y, ["good pool", "bad pool", "good pool", "bad pool"], [1, 0, 0, 1])
+    assert guess(["good food", "bad food"]) == [1, 0] and accuracy == 0.5
