@@ -5,10 +5,14 @@ import shlex
 import subprocess
 import sys
 
-from conftest import ROOT, TINY
+from conftest import ROOT, SMALL_TEXT, TINY
 
 README = (ROOT / "README.md").read_text()
-SIZE = {"bench.py": "--rounds 1 --round_steps 1 --seconds 0.2 --seeds 0 --score_n 40 --dataset digits".split(), "imagen.py": [*TINY, "--max_steps", "2", "--score_n", "40"]}
+SIZE = {
+    "imagen.py": [*TINY, "--max_steps", "2", "--score_n", "40"],
+    "textgen.py": [*SMALL_TEXT, "--max_steps", "2", "--score_n", "8"],
+    "bench.py": "--rounds 1 --round_steps 1 --seconds 0.2 --seeds 0 --score_n 40 --dataset digits --batch_size 8 --base_batch 1".split(),
+}
 
 
 def commands():
@@ -22,7 +26,8 @@ def commands():
 
 def test_every_command_runs(tmp_path, fake_fashionmnist):
     """Installation and pytest itself are .ci/run's part; here their files must exist."""
-    ran = 0
+    ran, reviews = 0, tmp_path / "reviews.csv"
+    reviews.write_text("Review,Rating\n" + "\n".join(f"the room was number {i} and we slept well.,{i % 5 + 1}" for i in range(60)))
     for command in commands():
         words = shlex.split(command)
         if words[:2] == ["pip", "install"]:
@@ -33,8 +38,10 @@ def test_every_command_runs(tmp_path, fake_fashionmnist):
             launcher = [sys.executable] if words[0] == "python" else [sys.executable, "-m", "torch.distributed.run"]
             assert words[0] in ("python", "torchrun"), f"a command that this test does not know: {command}"
             script = next(w for w in words if w.endswith(".py"))
-            size = [] if "_from" in command else SIZE[script] + ["--data_dir", str(fake_fashionmnist)] * ("digits" not in command)
-            size += ["--dataset", "fashionmnist"] * ("mnist" in words)
+            size = [] if "_from" in command else list(SIZE[script])
+            if script != "textgen.py" and "_from" not in command and "digits" not in command:
+                size += ["--data_dir", str(fake_fashionmnist)]
+            size += ["--dataset", "fashionmnist"] * ("mnist" in words) + ["--dataset", str(reviews)] * ("tripadvisor" in words)  # nothing is downloaded
             words = [str(ROOT / w) if w == script else w for w in words[1:]] + size
             done = subprocess.run([*launcher, *words], cwd=tmp_path, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
             assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
