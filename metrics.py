@@ -200,6 +200,30 @@ def score_texts(texts: list[str], train: list[str], references: int = 50) -> dic
                        nearest=float(nearest), words=len(grams[1]) / len(texts))
 
 
+def gpt2_perplexity(device: torch.device, name: str = "gpt2"):
+    """A function from texts to their perplexity under a pretrained GPT-2 (hub name or folder): exp of the mean nats of all tokens but each text's
+    first; texts are cut at 512 tokens. Raises UserError where the weights are not on disk and cannot be downloaded.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name).to(device).eval()
+    except Exception as error:  # no network, no such name, a damaged folder
+        raise UserError(f"{name} is not on disk and could not be downloaded ({reason(error)})") from error
+
+    @torch.no_grad()
+    def perplexity(texts: list[str]) -> float:
+        nats, n = 0.0, 0
+        for text in texts:
+            ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=512).input_ids.to(device)
+            if ids.shape[1] > 1:
+                nats += F.cross_entropy(model(ids).logits[0, :-1].float(), ids[0, 1:], reduction="sum").item()
+                n += ids.shape[1] - 1
+        return math.exp(nats / n) if n else math.nan
+
+    return perplexity
+
+
 def text_classifier(x: list[str], y: list[int], x_test: list[str], y_test: list[int]):
     """A function from texts to labels (logistic regression on TF-IDF of words and pairs, fitted to x, y), and its accuracy on x_test."""
     from sklearn.feature_extraction.text import TfidfVectorizer

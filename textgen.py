@@ -548,10 +548,19 @@ def score(bundle: Bundle, texts: Texts, out: Path, seconds: float) -> None:
         print(f"  label: share read as the class asked for by a classifier that is right on {accuracy:.3f} of held-out texts")
     judge = train_gpt(bundle, train, test, out, "judge", seconds) if cfg.compare else None
 
+    gpt2 = None
+    if cfg.score_from:  # not after every training: it may be a download
+        try:
+            gpt2 = metrics.gpt2_perplexity(device)
+        except UserError as error:
+            print(f"  no perplexity under GPT-2: {error}")
+
     def row(name: str, texts: list[str], labels: Tensor) -> None:
         values = metrics.score_texts(texts, train.x)
         if judge:
             values["perplexity"] = math.exp(nats(judge, torch.full((len(texts),), -1), codec.encode(texts)[1], device))
+        if gpt2:
+            values["GPT-2's"] = gpt2(texts)
         if guess:
             values["label"] = sum(a == b for a, b in zip(guess(texts), labels.tolist())) / len(texts)
         if cfg.dataset == "grammar":
@@ -583,7 +592,10 @@ def main(cfg: Config) -> None:
         return sample(load_bundle(cfg, Path(given), device), Path(cfg.out))
     texts = load_texts(cfg.dataset, cfg.text_column, cfg.label_column, cfg.condition_column)
     if given:
-        return score(load_bundle(cfg, Path(given), device), texts, Path(cfg.out), seconds(Path(given), cfg))
+        bundle, was = load_bundle(cfg, Path(given), device), load_checkpoint(given, cfg.kind)["facts"]["checksum"]
+        if was != texts.checksum():
+            raise UserError(f"{cfg.dataset} is not the data that {given} was trained on (checksum {texts.checksum()}, not {was}): a score needs its training and test split")
+        return score(bundle, texts, Path(cfg.out), seconds(Path(given), cfg))
     for stage, train in (("vae", train_vae), ("diffusion", train_diffusion)):
         if cfg.stage in ("all", stage):
             if finished(cfg, stage):

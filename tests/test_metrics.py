@@ -137,3 +137,25 @@ def test_text_classifier_states_its_accuracy_on_held_out_texts():
     x, y = ["good room", "good staff", "bad room", "bad staff"] * 10, [1, 1, 0, 0] * 10
     guess, accuracy = metrics.text_classifier(x, y, ["good pool", "bad pool", "good pool", "bad pool"], [1, 0, 0, 1])
     assert guess(["good food", "bad food"]) == [1, 0] and accuracy == 0.5
+
+
+def test_perplexity_under_a_pretrained_gpt2(tmp_path):
+    """Against transformers' own loss; where the weights are not to be had, a UserError says so."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    tokenizer.train_from_iterator(["a small text"], trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+    fast.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2)).eval()
+    model.save_pretrained(tmp_path)
+    texts, total, n = ["a small text", "another text that is longer", "x"], 0.0, 0
+    for ids in (fast(text, return_tensors="pt").input_ids for text in texts):
+        if ids.shape[1] > 1:
+            total, n = total + model(ids, labels=ids).loss.item() * (ids.shape[1] - 1), n + ids.shape[1] - 1
+    assert metrics.gpt2_perplexity(CPU, str(tmp_path))(texts) == pytest.approx(np.exp(total / n), rel=1e-4)
+    with pytest.raises(UserError, match="is not on disk and could not be downloaded"):
+        metrics.gpt2_perplexity(CPU, "gpt2-not-here")

@@ -49,7 +49,7 @@ def test_a_run_writes_and_prints_what_it_says(trained):
     assert samples == {"reconstructions.txt", "000020.txt", f"samples_{tag}", f"planning_{tag}", f"interpolation_{tag}"}
     for part in ("matched codes", "shuffled codes", "BLEU", "30% substituted", "AuBLEU", "perplexity", "dist1", "entropy", "rep4", "selfBLEU", "nearest", "accepted", "rating"):
         assert part in printed, part
-    rows = [re.split("  +", line)[1] for line in printed.splitlines() if " perplexity " in line]
+    rows = [re.split("  +", line)[1] for line in printed.splitlines() if "  perplexity " in line]
     assert rows == ["samples", "training", "held out", "GPT-2 top-p 0.7", "GPT-2 top-p 0.92", "GPT-2 top-p 1"]
     lines = (out / f"diffusion/samples/samples_{tag}").read_text().splitlines()
     assert [line[:3] for line in lines] == [f"[{r}]" for r in "12345" for _ in range(4)]
@@ -116,7 +116,8 @@ def test_codes_are_standardised_and_written_back(trained):
 def test_score_from_prints_the_rows_of_the_run(trained, cli):
     out, printed_by_training = trained
     status, printed = cli("textgen", "--score_from", out / "diffusion/last.pt")
-    rows = [line for line in printed.splitlines() if " perplexity " in line]
+    rows = [line for line in printed.splitlines() if "  perplexity " in line]
+    assert "no perplexity under GPT-2: gpt2 is not on disk" in printed
     assert status == 0 and len(rows) == 6 and all(row in printed_by_training for row in rows)  # judge and baseline are loaded too
     status, printed = cli("textgen", "--score_from", out / "diffusion/last.pt", "--no-compare")
     assert status == 0 and "perplexity" not in printed and "GPT-2" not in printed, printed
@@ -341,6 +342,8 @@ def test_checkpoints_that_do_not_fit_are_refused(trained, cli, tmp_path):
     torch.save(state | dict(extra=state["extra"] | dict(vae={k: v[:1] for k, v in state["extra"]["vae"].items()})), tmp_path / "other.pt")
     status, printed = cli("textgen", "--sample_from", tmp_path / "other.pt")
     assert status == 2 and "weights of another model" in printed
+    status, printed = cli("textgen", "--score_from", out / "diffusion/last.pt", "--dataset", write_reviews(tmp_path / "r.csv"))
+    assert status == 2 and "is not the data that" in printed
     other = tmp_path / "other"  # a VAE of another width where the diffusion expects its own
     assert cli("textgen", *GRAMMAR, "--d", 6, "--vae_steps", 1, "--stage", "vae", "--out", other)[0] == 0
     status, printed = cli("textgen", *GRAMMAR, "--vae_steps", 1, "--diffusion_steps", 1, "--out", other)
