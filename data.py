@@ -1,7 +1,9 @@
-"""Where bytes on disk or on a hub become tensors and strings: images (uint8) and texts, the training and the held-out test split, whole in memory."""
+"""Where bytes on disk or on a hub become tensors and strings: images (uint8), texts, problems with chains of thought; the training and the held-out test split, whole in memory."""
 import hashlib
+import math
 import random
 import re
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,10 +124,12 @@ def _fit(x: Tensor, size: int) -> Tensor:
 
 # -- texts --------------------------------------------------------------------------------------------------------------
 
-HUB = {"tripadvisor": "argilla/tripadvisor-hotel-reviews"}
+HUB = {"tripadvisor": ("argilla/tripadvisor-hotel-reviews",), "gsm8k": ("openai/gsm8k", "main")}
 READERS = {".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 COLUMNS = {"text": ("text", "Review", "review", "document", "answer"), "label": ("label", "Rating", "rating", "stars", "prediction")}
 OFFLINE_TEXT = "without a network use --dataset grammar, or --dataset PATH (a csv, jsonl, parquet or txt file)"
+TASKS = ("sums", "adds", "mult")
+OFFLINE_PROBLEMS = "without a network use --dataset sums, adds or mult, or --dataset PATH (a jsonl or txt file of problems, or a folder with train.jsonl and test.jsonl)"
 
 
 @dataclass
@@ -198,12 +202,12 @@ def _rows(dataset: str):
     try:
         if path.suffix.lower() in READERS:
             return datasets.load_dataset(READERS[path.suffix.lower()], data_files=str(path))
-        return datasets.load_dataset(HUB.get(dataset, dataset))
+        return datasets.load_dataset(*HUB.get(dataset, (dataset,)))
     except Exception as error:  # the library raises many types: no network, no such name, a damaged file
         cause = error.__cause__ or error  # which of two says what is wrong in the file
         if path.is_file():
             raise UserError(f"{path} cannot be read as {READERS[path.suffix.lower()]} in UTF-8: {reason(cause)}") from error
-        raise UserError(f"{HUB.get(dataset, dataset)} could not be had from the hub ({reason(error)}); {OFFLINE_TEXT}") from error
+        raise UserError(f"{HUB.get(dataset, (dataset,))[0]} could not be had from the hub ({reason(error)}); {OFFLINE_PROBLEMS if dataset == 'gsm8k' else OFFLINE_TEXT}") from error
 
 
 def _text(value, where: str, split: str, i: int, column: str) -> str:
@@ -358,3 +362,126 @@ def grammar_rating(text: str) -> int | None:
         good += word in SUBJECTS[subject][0]
     rating = 1 + good
     return rating if len(said) == len(seen) == 4 and CLOSES[rating - 1] == close.strip() else None
+
+
+# -- problems with chains of thought ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Problems:
+    """Questions and their thoughts, of which the last is "#### answer", of the training and the test split. A question is only in one of them."""
+
+    question: list[str]
+    thoughts: list[list[str]]
+    question_test: list[str]
+    thoughts_test: list[list[str]]
+
+    def checksum(self) -> str:
+        return hashlib.sha256("\0".join([*self.question, *(" ".join(t) for t in self.thoughts)]).encode()).hexdigest()[:12]
+
+
+def spaced(n: int, width: int) -> str:
+    """The digits of n, the least significant first, filled up with zeros to `width`, with spaces between."""
+    return " ".join(reversed(f"{n:0{width}}"))
+
+
+def mult_problem(a: int, b: int, digits: tuple[int, int]) -> tuple[str, list[str]]:
+    """a x b of digits[0] and digits[1] digits in the form of implicit chain of thought (2311.01460): a product for each digit of b, least significant first,
+    shifted, and behind all but the first and the last the total so far. Joined by spaces, the thoughts are what follows "||" in its files.
+    """
+    (na, nb), total, thoughts = digits, 0, []
+    for i in range(nb):
+        product = a * (b // 10**i % 10) * 10**i
+        total += product
+        term = ("+ " if i else "") + spaced(product, na + 1 + i)
+        thoughts.append(term + (f" ( {spaced(total, na + 1 + i)} )" if 0 < i < nb - 1 else ""))
+    return f"{spaced(a, na)} * {spaced(b, nb)}", [*thoughts, f"#### {spaced(a * b, na + nb)}"]
+
+
+def sum_problem(numbers: list[int], digits: int) -> tuple[str, list[str]]:
+    """Numbers of so many digits to add: each thought is the total so far, from the second number on; the last is the answer."""
+    width = len(str(len(numbers) * (10**digits - 1)))
+    totals = [spaced(sum(numbers[: i + 1]), width) for i in range(1, len(numbers))]
+    return " + ".join(spaced(n, digits) for n in numbers), [*totals[:-1], f"#### {totals[-1]}"]
+
+
+def is_test_problem(question: str) -> bool:
+    """Whether a generated question belongs to the test split: one in ten, by its own checksum, so that no training set of any size can hold it."""
+    return zlib.crc32(question.encode()) % 10 == 0
+
+
+def make_problems(task: str, digits: tuple[int, int], terms: int, n: int) -> Problems:
+    """n different training and at most 2,000 test problems, or as many as there are: sums (single digits), adds (digits[0] digits) or mult."""
+    low, high = [(0, 9)] * 2 if task == "sums" else ((10 ** (d - 1), 10**d - 1) for d in digits)
+    ranges = [low, high] if task == "mult" else [low if task == "adds" else (0, 9)] * terms
+    count = math.prod(b - a + 1 for a, b in ranges)
+    rng, wanted = random.Random(0), n + 2000
+    splits, seen = ([], []), set()
+    while len(seen) < count and (len(splits[0]) < n or len(splits[1]) < 2000):
+        if count <= 4 * wanted:  # so few that all can be made
+            codes = rng.sample(range(count), count)
+        else:
+            codes = [rng.randrange(count) for _ in range(wanted)]
+        for code in codes:
+            if code in seen:
+                continue
+            seen.add(code)
+            numbers = []
+            for a, b in ranges:
+                numbers.append(a + code % (b - a + 1))
+                code //= b - a + 1
+            problem = mult_problem(*numbers, digits) if task == "mult" else sum_problem(numbers, 1 if task == "sums" else digits[0])
+            splits[is_test_problem(problem[0])].append(problem)
+    (q, r), (q_test, r_test) = (map(list, zip(*split[:limit])) for split, limit in zip(splits, (n, 2000)))
+    return Problems(q, r, q_test, r_test)
+
+
+def gsm8k_thoughts(answer: str, form: str, where: str) -> list[str]:
+    """The thoughts of an answer of GSM8K: its <<equations>>, or its lines as text; then "#### " and the number. Raises UserError where that is missing."""
+    chain, found, number = answer.partition("####")
+    if not found or not number.strip():
+        raise UserError(f"{where}: no '#### number' at the end of the answer {answer[-60:]!r}; mend the row or take it out")
+    lines = re.findall(r"<<.*?>>", chain) if form == "equations" else [re.sub(r"<<.*?>>", "", line).strip() for line in chain.splitlines()]
+    return [*filter(None, lines), f"#### {number.strip()}"]
+
+
+def load_problems(dataset: str, digits: tuple[int, int] = (3, 2), terms: int = 4, n: int = 100_000, form: str = "equations") -> Problems:
+    """The problems of `dataset`: sums, adds or mult (made here), gsm8k (hub), or the path of a jsonl file with question and answer, of a txt file
+    with lines question||thoughts #### answer, or of a folder with train.jsonl and test.jsonl.
+
+    Of a single file, the same tenth is held out as of generated questions; a training question that the test split holds too is left out.
+    Raises UserError for an unknown or unreachable data set, a row without a question or an answer, or an empty split.
+    """
+    if dataset in TASKS:
+        return make_problems(dataset, digits, terms, n)
+    path = Path(dataset)
+    if path.suffix == ".txt":
+        if not path.is_file():
+            raise UserError(f"no file {path}; {OFFLINE_PROBLEMS}")
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8: {reason(error)}") from error
+        for i, line in enumerate(lines):
+            if "||" not in line:
+                raise UserError(f"{path}, row {i + 1}: {line[:60]!r} is not of the form question||thoughts #### answer; mend the row or take it out")
+        rows = {"train": [dict(zip(("question", "answer"), line.split("||", 1))) for line in lines]}
+    elif path.is_dir():
+        rows = {split: _rows(str(path / f"{split}.jsonl"))["train"] for split in ("train", "test")}
+    elif dataset == "gsm8k" or path.suffix == ".jsonl":
+        rows = _rows(dataset)
+    else:
+        raise UserError(f"no data set {dataset!r}; {OFFLINE_PROBLEMS}")
+    splits = {}
+    for split in rows.keys() & {"train", "test"}:
+        splits[split] = []
+        for i, row in enumerate(rows[split]):
+            question, answer = (_text(row.get(column), path.name, split, i, column) for column in ("question", "answer"))
+            splits[split].append((question, gsm8k_thoughts(answer, form, f"{path.name}, {split} row {i + 1}")))
+    if "test" not in splits:
+        splits = {"train": [p for p in splits["train"] if not is_test_problem(p[0])], "test": [p for p in splits["train"] if is_test_problem(p[0])]}
+    tested = {question for question, _ in splits["test"]}
+    splits["train"] = [problem for problem in splits["train"] if problem[0] not in tested][:n]
+    if not all(splits.values()):
+        raise UserError(f"{path.name} has {len(splits['train'])} training and {len(splits['test'])} test problems: both must be at least 1; give more rows")
+    return Problems(*(list(part) for split in ("train", "test") for part in zip(*splits[split])))

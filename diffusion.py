@@ -1,11 +1,13 @@
-"""Gaussian diffusion: noise schedules, the process (loss and samplers) and the denoisers UNet and Transformer.
+"""Diffusion: noise schedules, the processes Diffusion (Gaussian) and Masked (loss and samplers), the denoisers UNet and Transformer.
 
 Indexing is the papers': alpha_bar[0] = 1 is clean data, t runs 1..T, and xT is noise. A denoiser is any model(xt, t, y).
 Sources: DDPM 2006.11239, iDDPM 2102.09672, DDIM 2010.02502, progressive distillation (v) 2202.00512, classifier-free guidance (CFG)
-2207.12598, DPM-Solver++ 2211.01095, Karras et al. (EDM) 2206.00364, min-SNR 2303.09556, DiT (adaLN-zero) 2212.09748.
+2207.12598, DPM-Solver++ 2211.01095, Karras et al. (EDM) 2206.00364, min-SNR 2303.09556, DiT (adaLN-zero) 2212.09748, masked diffusion
+(MDLM) 2406.07524, MaskGIT 2202.04200, block-causal training (block diffusion) 2503.09573.
 Axes: B batch, C channels, H W image, L tokens, k vectors of a sequence, d their width, D model width.
 """
 import math
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -35,14 +37,59 @@ def noise_shift(alpha_bar: Tensor, s: float) -> Tensor:
 SCHEDULES = {"linear": alpha_bar_linear, "cosine": alpha_bar_cosine}
 
 
-# -- the process --------------------------------------------------------------------------------------------------------
+# -- conditions ---------------------------------------------------------------------------------------------------------
+# A condition y is None (nothing), labels (B,) int64 in 0..classes-1, (labels or None, context (B, L, d), mask (B, L) bool), or a Chain.
+# "No label" is -1 for one sample of a batch and None for all of it; "no context" is a mask without a True.
+
+
+@dataclass
+class Chain:
+    """What the thoughts of a chain know of each other: the condition of xt (B, k, d) that holds one thought, or several, each with its own t.
+
+    block: (k,) the thought, 0..n-1, that each position of xt belongs to; then t is (B, n). context: (B, c, d) clean vectors, at step 0.
+    position: (k + c,) place of each position of [xt, context] in the text. see: (B or 1, k + c, p + k + c) bool, whether a position
+    of [xt, context] (row) sees one of [past, xt, context]. past: keys and values of p positions for each block of the Transformer, see
+    `Transformer.remember`. count: (B, k) bool, the positions that the loss counts; None: all.
+    """
+
+    block: Tensor
+    context: Tensor
+    position: Tensor
+    see: Tensor
+    past: list = field(default_factory=list)
+    count: Tensor | None = None
+
+
+def draw_t(T: int, x0: Tensor, y) -> tuple[Tensor, Tensor]:
+    """Uniform steps in 1..T as the denoiser wants them, (B,) or, for a chain of n thoughts, (B, n); and as x0 wants them, (B,) or (B, k)."""
+    if not isinstance(y, Chain):
+        t = torch.randint(1, T + 1, (len(x0),), device=x0.device)
+        return t, t
+    t = torch.randint(1, T + 1, (len(x0), int(y.block[-1]) + 1), device=x0.device)
+    return t, t[:, y.block]
+
+
+def full_t(t: int, x: Tensor, y) -> Tensor:
+    """The step t for all of x, (B,) or, for a chain, (B, n)."""
+    return torch.full((len(x), int(y.block[-1]) + 1) if isinstance(y, Chain) else (len(x),), t, device=x.device)
+
+
+def mean_counted(error: Tensor, y) -> Tensor:
+    """The mean of error (B,), or of (B, k) over the positions that a chain counts."""
+    if not isinstance(y, Chain) or y.count is None:
+        return error.mean()
+    return (error * y.count).sum() / y.count.sum()
+
+
+# -- the Gaussian process -----------------------------------------------------------------------------------------------
 
 
 class Diffusion(nn.Module):
     """The process q(xt | x0) = N(sqrt(alpha_bar[t]) x0, (1 - alpha_bar[t]) I), its training loss and its samplers.
 
     alpha_bar: (T+1,) float64, from 1 down to at most 0.01 (ValueError otherwise: sampling would start from what training never saw).
-    predict: what the denoiser's output means, "eps", "x0" or "v" (v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0).
+    predict: what the denoiser's output means, "eps", "x0" or "v" (v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0), or, for one-hot
+    vectors x0, "token": logits, of which x0 is the softmax; its error is the cross-entropy (Plaid 2305.18619 section 3).
     weight: "plain" mean squared error of that output, or "min-snr" with gamma 5. It has no weights; .to(device) moves its tables.
     self_condition: share of training steps in which the denoiser, then model(xt, t, y, x0), also sees its first guess of x0;
     above 0, each step of sampling shows it the guess of the step before. Analog bits 2208.04202 section 3.2.
@@ -52,8 +99,8 @@ class Diffusion(nn.Module):
         super().__init__()
         if not alpha_bar[0] == 1 or not 0 < alpha_bar[-1] <= 0.01:
             raise ValueError(f"alpha_bar must go from 1 to at most 0.01 and above 0, got {alpha_bar[0]:.4g} to {alpha_bar[-1]:.4g}")
-        if predict not in ("eps", "x0", "v") or weight not in ("plain", "min-snr"):
-            raise ValueError(f"predict is eps, x0 or v and weight is plain or min-snr, got {predict!r} and {weight!r}")
+        if predict not in ("eps", "x0", "v", "token") or weight not in ("plain", "min-snr"):
+            raise ValueError(f"predict is eps, x0, v or token and weight is plain or min-snr, got {predict!r} and {weight!r}")
         self.T, self.predict, self.self_condition = len(alpha_bar) - 1, predict, self_condition
         # x_t = a x0 + s eps. The samplers read these as Python floats (float64), the loss as float32 on the device.
         self.a, self.s = alpha_bar.sqrt().tolist(), (1 - alpha_bar).sqrt().tolist()
@@ -62,34 +109,46 @@ class Diffusion(nn.Module):
         snr = alpha_bar / (1 - alpha_bar).clamp(min=1e-20)
         w = torch.ones_like(snr)
         if weight == "min-snr":  # min-SNR eq. 5 weights the error of x0; the error of eps is SNR times that, of v SNR + 1 times
-            w = snr.clamp(max=gamma) / {"x0": 1, "eps": snr, "v": snr + 1}[predict]
+            w = snr.clamp(max=gamma) / {"x0": 1, "token": 1, "eps": snr, "v": snr + 1}[predict]
         self.register_buffer("weight_table", w.float(), persistent=False)
 
     def q_sample(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """xt for clean x0 (B, ...) at steps t (B,) in 0..T with noise eps (B, ...). DDPM eq. 4."""
+        """xt for clean x0 (B, ...) at steps t (B,), or (B, k) for each position, in 0..T with noise eps (B, ...). DDPM eq. 4."""
         return self._at(self.a_table, t, x0) * x0 + self._at(self.s_table, t, x0) * eps
 
     def loss(self, model, x0: Tensor, y=None, drop: float = 0.0) -> Tensor:
         """Scalar training loss of x0 (B, ...) under condition y, which is dropped with probability `drop`. DDPM Alg. 1, CFG Alg. 1."""
-        t = torch.randint(1, self.T + 1, (len(x0),), device=x0.device)
+        t, t_x0 = draw_t(self.T, x0, y)
         eps = torch.randn_like(x0)
-        xt = self.q_sample(x0, t, eps)
-        if self.predict == "v":  # progressive distillation app. D
-            target = self._at(self.a_table, t, x0) * eps - self._at(self.s_table, t, x0) * x0
-        else:
-            target = eps if self.predict == "eps" else x0
+        xt = self.q_sample(x0, t_x0, eps)
         y, guess = drop_condition(y, drop), ()
         if self.self_condition and torch.rand(()) < self.self_condition:
             with torch.no_grad():
-                guess = (self.predict_x0(model(xt, t, y).float(), xt, t),)
-        error = (model(xt, t, y, *guess).float() - target).square().flatten(1).mean(1)  # (B,); DDPM eq. 14
-        return (self.weight_table[t] * error).mean()
+                guess = (self.predict_x0(model(xt, t, y).float(), xt, t_x0),)
+        out = model(xt, t, y, *guess).float()
+        if self.predict == "token":
+            error = F.cross_entropy(out.movedim(-1, 1), x0.argmax(-1), reduction="none")  # (B, k)
+        elif self.predict == "v":  # progressive distillation app. D
+            error = (out - (self._at(self.a_table, t_x0, x0) * eps - self._at(self.s_table, t_x0, x0) * x0)).square()
+        else:
+            error = (out - (eps if self.predict == "eps" else x0)).square()
+        error = error.reshape(*t_x0.shape, -1).mean(-1)  # (B,), or (B, k); DDPM eq. 14
+        return mean_counted(self.weight_table[t_x0] * error, y)
+
+    @torch.no_grad()
+    def guess(self, model, x0: Tensor, y=None) -> Tensor:
+        """The denoiser's guess, in one evaluation, of x0 (B, ...) noised to random steps: what it makes of a snapshot."""
+        t, t_x0 = draw_t(self.T, x0, y)
+        xt = self.q_sample(x0, t_x0, torch.randn_like(x0))
+        return self.predict_x0(model(xt, t, y).float(), xt, t_x0)
 
     def predict_x0(self, out: Tensor, xt: Tensor, t) -> Tensor:
-        """The clean x0 that the denoiser's output `out` at step t in 1..T (an int, or (B,)) stands for."""
+        """The clean x0 that the denoiser's output `out` at step t in 1..T (an int, (B,) or (B, k)) stands for."""
         a, s = (self.a[t], self.s[t]) if isinstance(t, int) else (self._at(self.a_table, t, xt), self._at(self.s_table, t, xt))
         if self.predict == "eps":
             return (xt - s * out) / a  # DDPM eq. 15
+        if self.predict == "token":
+            return out.softmax(-1)
         return out if self.predict == "x0" else a * xt - s * out  # progressive distillation app. D
 
     def timesteps(self, steps: int, spacing: str) -> list[int]:
@@ -113,22 +172,25 @@ class Diffusion(nn.Module):
         return t + [0]
 
     @torch.no_grad()
-    def trajectory(self, model, shape, y=None, *, sampler="dpm++", steps=10, eta=0.0, guidance=0.0, clip=None, generator=None):
+    def trajectory(self, model, shape, y=None, *, sampler="dpm++", steps=10, eta=0.0, guidance=0.0, clip=None, temperature=1.0, start=None, generator=None):
         """Yield (t, xt, x0) after every step from noise to data: t the step reached, x0 the denoiser's guess (clipped to +-clip).
 
         sampler: "ddpm" (ancestral), "ddim" (with noise eta in 0..1; eta = 1 is ddpm) or "dpm++" (DPM-Solver++ 2M, no noise).
-        guidance: w of CFG eq. 6; 0 is the plain conditional model. generator: a CPU generator gives the same noise on any device.
+        guidance: w of CFG eq. 6; 0 is the plain conditional model. temperature: standard deviation of the noise drawn, 1 as trained.
+        start: (x0, t) begins from that x0 noised to step t, not from noise. generator: a CPU generator gives the same noise on any device.
         The denoiser is used as it is: put it in eval mode first.
         """
         if sampler not in ("ddpm", "ddim", "dpm++") or not 0 <= eta <= 1:
             raise ValueError(f"sampler is ddpm, ddim or dpm++ and eta in [0, 1], got {sampler!r} and {eta}")
         a, s, device = self.a, self.s, self.a_table.device
         eta = 1.0 if sampler == "ddpm" else eta
-        noise = lambda: torch.randn(shape, generator=generator, device=generator.device if generator else device).to(device)
+        noise = lambda: temperature * torch.randn(shape, generator=generator, device=generator.device if generator else device).to(device)
         xt, x0_before, r, guess = noise(), None, None, ()
         ts = self.timesteps(steps, "karras" if sampler == "dpm++" else "trailing")
+        if start:
+            ts, xt = start_from(ts, start[1]), a[start[1]] * start[0] + s[start[1]] * xt  # DDPM eq. 4
         for t, u in zip(ts[:-1], ts[1:]):  # from step t to step u < t
-            t_batch = torch.full(shape[:1], t, device=device)
+            t_batch = full_t(t, xt, y)
             out = model(xt, t_batch, y, *guess).float()
             if guidance:
                 out = (1 + guidance) * out - guidance * model(xt, t_batch, None, *guess).float()  # CFG eq. 6, linear in eps, x0 and v alike
@@ -157,18 +219,103 @@ class Diffusion(nn.Module):
 
     @staticmethod
     def _at(table: Tensor, t: Tensor, x: Tensor) -> Tensor:
-        return table[t].view(-1, *[1] * (x.dim() - 1))  # (B, 1, ...)
+        return table[t].view(*t.shape, *[1] * (x.dim() - t.dim()))  # (B, 1, ...), or (B, k, 1)
+
+
+def start_from(ts: list[int], t: int) -> list[int]:
+    """The decreasing steps ts below t, after t itself."""
+    return [t, *(u for u in ts if u < t)]
+
+
+# -- the masked process -------------------------------------------------------------------------------------------------
+
+
+class Masked(nn.Module):
+    """The absorbing process on tokens: at step t each one is masked with probability t/T. MDLM, 2406.07524.
+
+    x0 (B, k, V) holds one-hot vectors, a masked token is a vector of zeros, and the denoiser gives the logits of x0; it is not told t, since
+    the masks that it sees say as much (MDLM section 3.5). weight: "elbo" counts
+    an error at step t by T/t (MDLM eq. 10, a bound on the likelihood), "plain" counts all masked tokens alike.
+    self_condition: as in `Diffusion`; the guess are the probabilities of each token.
+    """
+
+    def __init__(self, T: int = 1000, weight: str = "plain", self_condition: float = 0.0):
+        super().__init__()
+        if weight not in ("elbo", "plain"):
+            raise ValueError(f"weight is elbo or plain, got {weight!r}")
+        self.T, self.weight, self.self_condition = T, weight, self_condition
+
+    def q_sample(self, x0: Tensor, t: Tensor) -> Tensor:
+        """xt for x0 (B, k, V) at steps t (B,), or (B, k) for each position. MDLM eq. 3."""
+        masked = torch.rand(x0.shape[:2], device=x0.device) < (t if t.dim() == 2 else t[:, None]) / self.T
+        return x0.masked_fill(masked[..., None], 0.0)
+
+    def loss(self, model, x0: Tensor, y=None, drop: float = 0.0) -> Tensor:
+        """Scalar training loss of one-hot x0 (B, k, V) under condition y, which is dropped with probability `drop`."""
+        t = draw_t(self.T, x0, y)[1]
+        xt = self.q_sample(x0, t)
+        y, guess = drop_condition(y, drop), ()
+        if self.self_condition and torch.rand(()) < self.self_condition:
+            with torch.no_grad():
+                guess = (model(xt, None, y).float().softmax(-1),)
+        out = model(xt, None, y, *guess).float()
+        error = F.cross_entropy(out.movedim(-1, 1), x0.argmax(-1), reduction="none") * ~xt.any(-1)  # (B, k), of masked tokens
+        if self.weight == "elbo":
+            error = error * self.T / (t if t.dim() == 2 else t[:, None])  # MDLM eq. 10
+        return mean_counted(error if isinstance(y, Chain) else error.mean(1), y)
+
+    @torch.no_grad()
+    def guess(self, model, x0: Tensor, y=None) -> Tensor:
+        """The denoiser's guess, in one evaluation, of x0 (B, k, V) masked at random steps: one-hot where known, probabilities where not."""
+        t = draw_t(self.T, x0, y)[1]
+        xt = self.q_sample(x0, t)
+        return torch.where(xt.any(-1, keepdim=True), xt, model(xt, None, y).float().softmax(-1))
+
+    @torch.no_grad()
+    def trajectory(self, model, shape, y=None, *, sampler="confident", steps=10, temperature=0.0, start=None, generator=None):
+        """Yield (t, xt, x0) after every step from all masked to all known: x0 is the guess, one-hot.
+
+        sampler: "confident" keeps at each step the tokens that the denoiser is surest of (MaskGIT section 3.2; with more steps than tokens,
+        one at a time), "random" any of them (MDLM eq. 7). temperature: of the tokens' distribution; 0 takes the likeliest. start: (x0, t)
+        begins from that x0 masked as at step t. generator: a CPU generator gives the same draws on any device.
+        """
+        if sampler not in ("confident", "random"):
+            raise ValueError(f"sampler is confident or random, got {sampler!r}")
+        if not 1 <= steps <= self.T:
+            raise ValueError(f"steps must be in 1..{self.T} (T), got {steps}")
+        B, k, V = shape
+        device = next(model.parameters()).device
+        rand = lambda *size: torch.rand(size, generator=generator, device=generator.device if generator else device).to(device)
+        ts, xt, guess = [round(self.T * i / steps) for i in range(steps, -1, -1)], torch.zeros(shape, device=device), ()
+        if start:
+            ts = start_from(ts, start[1])
+            xt = start[0].masked_fill((rand(B, k).argsort(1).argsort(1) < round(k * start[1] / self.T))[..., None], 0.0)
+        for t, u in zip(ts[:-1], ts[1:]):
+            left = round(k * u / self.T)  # tokens masked at step u
+            if sampler == "confident" and left == round(k * t / self.T):
+                continue
+            logits = model(xt, None, y, *guess).float()
+            masked = ~xt.any(-1)  # (B, k)
+            gumbel = -(-rand(B, k, V).clamp(min=1e-9).log()).log() if temperature else 0.0
+            x0 = F.one_hot((logits + temperature * gumbel).argmax(-1), V).float()
+            x0 = torch.where(masked[..., None], x0, xt)
+            sure = (logits.softmax(-1) * x0).sum(-1) if sampler == "confident" else rand(B, k)
+            sure = sure.masked_fill(~masked, 2.0)  # what is known stays
+            xt = x0.masked_fill((sure.argsort(1).argsort(1) < left)[..., None], 0.0)
+            guess = (logits.softmax(-1),) if self.self_condition else ()
+            yield u, xt, x0
+
+    sample = Diffusion.sample
 
 
 # -- what the denoisers share -------------------------------------------------------------------------------------------
-# A condition y is None (nothing), labels (B,) int64 in 0..classes-1, or (labels or None, context (B, L, d), mask (B, L) bool).
-# "No label" is -1 for one sample of a batch and None for all of it; "no context" is a mask without a True.
-
 
 def drop_condition(y, p: float):
     """The condition with each sample's label and context removed with probability p. CFG Alg. 1."""
     if y is None or not p:
         return y
+    if isinstance(y, Chain):
+        raise ValueError("a chain has no guidance: its condition cannot be dropped")
     labels, context, mask = y if isinstance(y, tuple) else (y, None, None)
     some = labels if labels is not None else mask
     drop = torch.rand(len(some), device=some.device) < p  # (B,)
@@ -279,6 +426,15 @@ class UNet(nn.Module):
         return self.head(F.silu(self.norm(h)))
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k' / sqrt(d)) v of q (B, heads, L, d) and k, v (B, heads, M, d), where mask (broadcast to (B, heads, L, M), bool) allows it."""
+    if q.device.type == "cuda" or not torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    a = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # on a CPU torch's backward pass in bf16 takes three times as long as this
+    a = a if mask is None else a.masked_fill(~mask, -1e9)
+    return a.softmax(-1).to(v.dtype) @ v
+
+
 class Block(nn.Module):
     """Transformer block: self-attention and MLP, each scaled, shifted and gated by the step embedding (adaLN-zero, DiT section 3.2)."""
 
@@ -288,15 +444,21 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(approximate="tanh"), nn.Linear(4 * D, D))
         self.ada = zero(nn.Linear(D, 6 * D))
 
-    def forward(self, h: Tensor, emb: Tensor, mask) -> Tensor:
+    def forward(self, h: Tensor, emb: Tensor, mask, group=slice(None), past=None):
+        """h (B, L, D) and the keys and values (B, heads, p + L, D/heads) that it saw; emb (B, G, D) of which position i takes group[i], or G = 1.
+
+        mask: who sees whom, broadcast to (B, heads, L, p + L). past: keys and values (B, heads, p, D/heads) of p positions before.
+        """
         B, L, D = h.shape
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.ada(emb)[:, None].chunk(6, dim=-1)  # each (B, 1, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.ada(emb)[:, group].chunk(6, dim=-1)  # each (B, 1 or L, D)
         x = F.layer_norm(h, (D,)) * (1 + scale1) + shift1
         q, k, v = self.qkv(x).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (B, heads, L, D/heads)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(B, L, D)
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        x = attention(q, k, v, mask).transpose(1, 2).reshape(B, L, D)
         h = h + gate1 * self.out(x)
         x = F.layer_norm(h, (D,)) * (1 + scale2) + shift2
-        return h + gate2 * self.mlp(x)
+        return h + gate2 * self.mlp(x), (k, v)
 
 
 class Transformer(nn.Module):
@@ -304,11 +466,12 @@ class Transformer(nn.Module):
 
     d_in: C or d. D: width, divisible by 4 * heads. patch: side of a patch; H and W must be divisible by it (ValueError otherwise).
     classes: number of labels, 0 for none. d_context: width of the context vectors of y, 0 for none; they join the sequence, and
-    those whose mask is False count for nothing. Positions are sinusoids, so any size or length is accepted.
-    self_condition: a guess of x0, shaped like xt, is a fourth argument; without one it is 0.
+    those whose mask is False count for nothing. places: number of learned positions, which a `Chain` needs; 0: sinusoids, so that any
+    size or length is accepted. self_condition: a guess of x0, shaped like xt, is a fourth argument; without one it is 0. t may be None,
+    where xt itself says how far it is (see `Masked`).
     """
 
-    def __init__(self, d_in: int, D: int = 256, depth: int = 6, heads: int = 4, patch: int = 0, classes: int = 0, d_context: int = 0, self_condition: bool = False):
+    def __init__(self, d_in: int, D: int = 256, depth: int = 6, heads: int = 4, patch: int = 0, classes: int = 0, d_context: int = 0, self_condition: bool = False, places: int = 0):
         super().__init__()
         if D % (4 * heads):
             raise ValueError(f"width D must be divisible by 4 * heads = {4 * heads}, got {D}")
@@ -317,12 +480,14 @@ class Transformer(nn.Module):
         self.embed, self.self_condition = StepEmbedding(D, classes), self_condition
         self.inp = nn.Linear(d_token * (1 + self_condition), D)
         self.context = nn.Linear(d_context, D) if d_context else None
+        self.places = nn.Embedding(places, D) if places else None
         self.blocks = nn.ModuleList(Block(D, heads) for _ in range(depth))
         self.ada, self.head = zero(nn.Linear(D, 2 * D)), zero(nn.Linear(D, d_token))
 
     def forward(self, xt: Tensor, t: Tensor, y=None, x0=None) -> Tensor:
         p, D = self.patch, self.inp.out_features
-        labels, context, mask = y if isinstance(y, tuple) else (y, None, None)
+        chain = y if isinstance(y, Chain) else None
+        labels, context, mask = y if isinstance(y, tuple) else (None if chain else y, None, None)
         x = torch.cat([xt, torch.zeros_like(xt) if x0 is None else x0], dim=1 if p else -1) if self.self_condition else xt
         if p:
             B, C, H, W = xt.shape
@@ -331,16 +496,37 @@ class Transformer(nn.Module):
             x = x.view(B, -1, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(B, H * W // p**2, -1)  # (B, k, d)
             row, col = torch.meshgrid(*(torch.arange(n // p, device=x.device) for n in (H, W)), indexing="ij")
             position = torch.cat([sinusoid(row.flatten(), D // 2), sinusoid(col.flatten(), D // 2)], dim=-1)  # (k, D)
+        elif chain:
+            position = self.places(chain.position[: x.shape[1]])
         else:
             position = sinusoid(torch.arange(x.shape[1], device=x.device), D)
-        h, k, emb = self.inp(x) + position, x.shape[1], F.silu(self.embed(t, labels))  # (B, k, D), (B, D)
-        if context is not None:
+        h, k, group, past = self.inp(x) + position, x.shape[1], slice(None), [None] * len(self.blocks)  # (B, k, D)
+        if t is None:
+            emb = F.silu(self.embed(torch.zeros(1, 1, dtype=torch.long, device=xt.device), None))  # (1, 1, D)
+        else:
+            emb = F.silu(self.embed(t if chain else t[:, None], labels if labels is None else labels[:, None]))  # (B, 1 or n, D)
+        if chain:
+            h = torch.cat([h, self.context(chain.context) + self.places(chain.position[k:])], dim=1)
+            if t is not None:
+                emb = torch.cat([emb, F.silu(self.embed(t.new_zeros(len(t), 1), None))], dim=1)  # the context is at step 0
+                group = F.pad(chain.block, (0, h.shape[1] - k), value=emb.shape[1] - 1)  # (k + c,)
+            mask, past = chain.see[:, None], chain.past or past
+        elif context is not None:
             h = torch.cat([h, self.context(context) + sinusoid(torch.arange(context.shape[1], device=x.device), D)], dim=1)
             mask = F.pad(mask, (k, 0), value=True)[:, None, None]  # (B, 1, 1, k + L): every position may look at these
-        for block in self.blocks:
-            h = block(h, emb, mask)
-        shift, scale = self.ada(emb)[:, None].chunk(2, dim=-1)
+        for block, kv in zip(self.blocks, past):
+            h, _ = block(h, emb, mask, group, kv)
+        shift, scale = self.ada(emb)[:, group if t is None or not chain else chain.block].chunk(2, dim=-1)
         out = self.head(F.layer_norm(h[:, :k], (D,)) * (1 + scale) + shift)  # (B, k, d)
         if p:
             out = out.view(B, H // p, W // p, C, p, p).permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
         return out
+
+    def remember(self, context: Tensor, position: Tensor, see: Tensor, past: list) -> list:
+        """`past` for each block, grown by clean context (B, c, d) at places position (c,); see (B or 1, c, p + c): whom each of them sees."""
+        h, grown = self.context(context) + self.places(position), []
+        emb = F.silu(self.embed(torch.zeros(1, 1, dtype=torch.long, device=h.device), None))
+        for block, kv in zip(self.blocks, past or [None] * len(self.blocks)):
+            h, kv = block(h, emb, see[:, None], past=kv)
+            grown.append(kv)
+        return grown

@@ -5,6 +5,7 @@ against the same test images is always printed beside it.
 """
 import hashlib
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -232,3 +233,31 @@ def text_classifier(x: list[str], y: list[int], x_test: list[str], y_test: list[
 
     model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10, max_iter=1000)).fit(x, y)
     return lambda texts: model.predict(texts).tolist(), float(model.score(x_test, y_test))
+
+
+# -- answers ------------------------------------------------------------------------------------------------------------
+
+
+def answer_of(chain: list[str]) -> str | None:
+    """The answer of a chain: what follows "####" in its last thought, without spaces and commas; None where there is none."""
+    found = re.fullmatch(r"####(.*)", chain[-1].strip(), re.S) if chain else None
+    return (re.sub(r"[\s,]", "", found[1]) or None) if found else None
+
+
+def majority(answers: list[str | None]) -> str | None:
+    """The answer given most often, the earliest of equals; None only where none was given. Self-consistency, 2203.11171."""
+    given = [answer for answer in answers if answer is not None]
+    return max(given, key=given.count) if given else None
+
+
+def score_chains(chains: list[list[str]], truth: list[list[str]]) -> dict:
+    """Shares of chains with the right answer, with every thought right, and without an answer; and for each place the share of right thoughts there.
+
+    Thoughts are compared without spaces; one that is missing, or malformed, is wrong.
+    """
+    bare = lambda thought: "".join(thought.split())
+    same = lambda a, b: len(a) == len(b) and all(bare(x) == bare(y) for x, y in zip(a, b))
+    at = [[i < len(a) and bare(a[i]) == bare(b[i]) for a, b in zip(chains, truth) if i < len(b)] for i in range(max(map(len, truth)))]
+    mean = lambda values: sum(values) / len(values)
+    return dict(answer=mean([answer_of(a) is not None and answer_of(a) == answer_of(b) for a, b in zip(chains, truth)]),
+                chain=mean([same(a, b) for a, b in zip(chains, truth)]), unended=mean([answer_of(a) is None for a in chains]), thoughts=list(map(mean, at)))

@@ -146,6 +146,18 @@ def load_checkpoint(path, kind: str) -> dict:
     return checkpoint
 
 
+def finished(cfg) -> bool:
+    """Whether cfg.out holds a checkpoint that needs no more training. Raises UserError where that has other settings than cfg in what cfg.fixed names."""
+    path = Path(cfg.out) / "last.pt"
+    if not path.exists():
+        return False
+    checkpoint = load_checkpoint(path, cfg.kind)
+    for name in cfg.fixed:
+        if checkpoint["config"][name] != getattr(cfg, name):
+            raise UserError(f"--{name} {getattr(cfg, name)}, but {path} was trained with {checkpoint['config'][name]}: keep it, or choose another --out")
+    return checkpoint["step"] >= cfg.max_steps or checkpoint["extra"].get("done", False)
+
+
 def load_weights(model: nn.Module, weights: dict, path) -> None:
     """Load `weights` of the checkpoint at `path`. Raises UserError where they are another model's."""
     try:

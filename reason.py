@@ -1,0 +1,778 @@
+"""Reasoning: a chain of thoughts made by diffusion, all at once or thought by thought, each given the question and the thoughts before. DoT, 2402.07754.
+
+    python reason.py --dataset sums                         running sums: nothing to download, minutes on a CPU
+    python reason.py --dataset mult --digits 3 2            long multiplication, 3 by 2 digits
+    python reason.py --sample_from out/mult/diffusion/last.pt --prompt "3 2 1 * 5 4"
+"""
+import csv
+import dataclasses
+import functools
+import math
+import random
+import re
+import shlex
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import metrics
+from data import TASKS, Problems, load_problems
+from diffusion import SCHEDULES, Chain, Diffusion, Masked, Transformer, noise_shift
+from training import Run, UserError, autocast, finished, is_main, load_checkpoint, load_weights, pick_device, run_script, wait
+from vae import Reader, TextVAE, small_backbones, small_gpt
+
+
+@dataclass(frozen=True)
+class Config:
+    """Hyperparameters. Edit the defaults here, or override any of them: python reason.py --lr 1e-3"""
+
+    # -- data --
+    dataset: str = "mult"  # sums, adds or mult (generated), gsm8k (hub), or the path of a jsonl or txt file, or of a folder with train.jsonl and test.jsonl
+    digits: tuple[int, int] = (3, 2)  # mult: digits of the two factors; adds: the first is that of each number
+    terms: int = 4  # sums and adds: numbers to add
+    train_n: int = 100_000  # training problems, or as many as there are
+    form: Literal["equations", "text"] = "equations"  # gsm8k: thoughts are the <<equations>>, or the lines of text
+    max_question: int = 1000  # characters of a question
+    max_thoughts: int = 16  # thoughts of a chain, the answer among them
+    # -- codec: what is diffused --
+    codec: Literal["tokens", "latents"] = "tokens"  # one vector for each character, or the k codes that a TextVAE makes of a thought
+    k: int = 4  # latents: codes of a thought
+    d: int = 32  # latents: width of a code
+    vae_width: int = 128  # latents: width of the VAE
+    vae_depth: int = 2  # latents: blocks of its encoder and decoder
+    vae_steps: int = 3000  # latents: its optimizer steps
+    latent_noise: float = 0.15  # latents: standard deviation of the noise on the codes that its decoder learns from
+    # -- diffusion --
+    process: Literal["masked", "gaussian"] = "masked"  # tokens: masked one by one; any codec: Gaussian noise on its vectors
+    passes: Literal["multi", "single"] = "multi"  # a thought at a time, given those before, or the whole chain at once
+    T: int = 1000  # timesteps of the forward process
+    schedule: Literal["cosine", "linear"] = "cosine"  # gaussian: noise schedule
+    shift: float = 1.0  # gaussian: above 1: more of the steps at high noise
+    predict: Literal["token", "x0", "v", "eps"] = "token"  # gaussian: what the denoiser's output means; token (logits) for the codec tokens only
+    weight: Literal["plain", "min-snr", "elbo"] = "plain"  # weight of a step's loss: min-snr for gaussian, elbo for masked, plain for both
+    self_condition: float = 0.0  # share of steps in which the denoiser sees its first guess
+    snapshot: float = 0.0  # multi: share of training chains whose earlier thoughts are the model's own guesses of them
+    width: int = 192  # width of the denoiser
+    depth: int = 4  # blocks of the denoiser
+    # -- optimisation --
+    max_steps: int = 10_000  # optimizer steps
+    batch_size: int = 256  # problems of a step
+    lr: float = 1e-3  # AdamW's learning rate after warm-up
+    warmup: int = 200  # steps of linear warm-up
+    ema_decay: float = 0.999  # upper limit of the EMA's decay; it ramps as (1 + step) / (10 + step)
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the networks; auto: bf16 where the hardware has it
+    compile: bool = False  # compile the networks with torch.compile
+    # -- sampling --
+    sampler: Literal["auto", "confident", "random", "dpm++", "ddim", "ddpm"] = "auto"  # masked: confident or random; gaussian: the others; auto: the first
+    steps: int = 8  # evaluations of the denoiser for each thought
+    temperature: float = 0.0  # of the tokens that are drawn (masked), or of the noise (gaussian)
+    votes: int = 5  # chains of a majority vote; they are drawn at vote_temperature
+    vote_temperature: float = 0.5  # temperature of a vote
+    prompt: str = ""  # sample: a question of your own; empty: questions of the test split
+    score_n: int = 500  # test problems of a score
+    compare: bool = True  # train a GPT-2 of equal size for as long, with its chain and on the answer only
+    # -- the run --
+    stage: Literal["all", "diffusion", "score", "correct"] = "all"  # correct: the experiment on self-correction; a finished stage is loaded
+    out: str = ""  # folder of the run; default out/DATASET
+    seed: int = 0  # of weights, data order, noise and samples
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda where there is one, else mps, else cpu
+    log_every: int = 50  # steps between lines of the log
+    sample_every: int = 500  # steps between evaluations
+    save_every: int = 500  # steps between checkpoints
+    seconds: float = 0.0  # end a training after so many seconds; 0: after max_steps
+    resume: bool = False  # go on with the run in the folder
+    sample_from: str = ""  # answer --prompt, or test questions, from this checkpoint of the diffusion
+    score_from: str = ""  # score this checkpoint of the diffusion on the test split
+
+    kind = "reason"
+    fixed = tuple(
+        "dataset digits terms train_n form max_question max_thoughts codec k d vae_width vae_depth latent_noise process passes T schedule shift predict weight self_condition snapshot width depth batch_size seed".split()
+    )
+
+    def __post_init__(self):
+        def need(names, low, high=math.inf):
+            for name in names.split():
+                if not low <= getattr(self, name) <= high:
+                    raise ValueError(f"{name} must be in [{low}, {high}], got {getattr(self, name)}")
+
+        need("train_n max_question k d vae_depth vae_steps depth max_steps batch_size votes score_n log_every sample_every save_every", 1)
+        need("terms max_thoughts T", 2)
+        need("warmup seconds latent_noise temperature vote_temperature", 0)
+        need("self_condition snapshot ema_decay", 0, 1)
+        need("seed", 0, 2**32)
+        need("lr", 1e-9, 1)
+        need("shift", 0.01, 100)
+        need("steps", 1, self.T)
+        if min(self.digits) < 1 or max(self.digits) > 8:
+            raise ValueError(f"digits must be two numbers in 1..8, got {self.digits}")
+        if self.width % 16 or self.vae_width % 8:
+            raise ValueError(f"width must be divisible by 16 and vae_width by 8, got {self.width} and {self.vae_width}")
+        if self.codec == "latents" and (self.process, self.predict) in (("masked", self.predict), ("gaussian", "token")):
+            raise ValueError("--codec latents has no tokens to mask or to name: add --process gaussian --predict v (or x0, eps)")
+        if self.weight == ("elbo" if self.process == "gaussian" else "min-snr"):
+            raise ValueError(f"--weight {self.weight} is not one of --process {self.process}")
+        if self.sampler not in ("auto", *(("confident", "random") if self.process == "masked" else ("dpm++", "ddim", "ddpm"))):
+            raise ValueError(f"--sampler {self.sampler} is not one of --process {self.process}")
+        if self.snapshot and self.passes == "single":
+            raise ValueError("--snapshot is about earlier thoughts: it needs --passes multi")
+        if self.sample_from and self.score_from:
+            raise ValueError("choose one of sample_from and score_from")
+
+
+# -- codecs: texts to vectors and back ----------------------------------------------------------------------------------
+# A codec has d, the width of a vector; length(longest), the vectors of a text of at most `longest` characters; encode(texts, longest), what is
+# stored of each; vectors(stored), x0 (B, length, d); snap(x0), the nearest vectors that stand for a text; decode(x0), the texts.
+
+END = 0  # fills a thought up to its slot
+ANSWER = "\x01"  # the one character that "####" becomes
+
+
+class Tokens:
+    """One one-hot vector for each character; of generated tasks (`bare`) without the spaces, which the alphabet then lacks."""
+
+    def __init__(self, alphabet: str):
+        self.alphabet, self.bare, self.d = alphabet, " " not in alphabet, len(alphabet) + 1
+
+    def length(self, longest: int) -> int:
+        return longest
+
+    def plain(self, text: str) -> str:
+        """The text as its characters are counted."""
+        text = text.replace("####", ANSWER)
+        return text.replace(" ", "") if self.bare else text
+
+    def encode(self, texts: list[str], longest: int, fill: int = END) -> Tensor:
+        """Ids (N, longest), filled up with END. Raises UserError for a text that is too long, or has a character that the alphabet lacks."""
+        ids = torch.full((len(texts), longest), fill)
+        for row, text in zip(ids, texts):
+            plain = self.plain(text)
+            if len(plain) > longest:
+                raise UserError(f"{text[:60]!r} has {len(plain)} characters, but this model takes at most {longest}: shorten it")
+            if strange := set(plain) - set(self.alphabet):
+                raise UserError(f"{text[:60]!r} has {', '.join(map(repr, sorted(strange)))}, of which the training problems knew nothing: write it with {self.alphabet[:40]!r}")
+            row[: len(plain)] = torch.tensor([self.alphabet.index(c) + 1 for c in plain])
+        return ids
+
+    def vectors(self, ids: Tensor) -> Tensor:
+        return F.one_hot(ids.clamp(min=0), self.d).float()
+
+    def snap(self, x0: Tensor) -> Tensor:
+        return self.vectors(x0.argmax(-1))
+
+    def draw(self, x0: Tensor) -> Tensor:
+        """As snap, but tokens are drawn where x0 holds probabilities."""
+        p = x0.clamp(min=0) + 1e-6
+        return self.vectors(torch.multinomial(p.flatten(0, -2), 1).view(p.shape[:-1]))
+
+    def text(self, ids: list[int]) -> str:
+        ids = ids[: ids.index(END)] if END in ids else ids
+        text = [self.alphabet[i - 1].replace(ANSWER, "####") for i in ids if 0 < i < self.d]
+        return " ".join(text) if self.bare else "".join(text)
+
+    def decode(self, x0: Tensor) -> list[str]:
+        return [self.text(row) for row in x0.argmax(-1).tolist()]
+
+
+class Latents:
+    """The k standardised codes that a frozen TextVAE, with the characters of `tokens` for its own, makes of a text."""
+
+    def __init__(self, tokens: Tokens, vae: TextVAE, longest: int, mean: Tensor, std: Tensor, device):
+        self.tokens, self.vae, self.longest, self.d, self.mean, self.std, self.device = tokens, vae, longest, vae.d, mean.to(device), std.to(device), device
+
+    def length(self, longest: int) -> int:
+        return self.vae.k
+
+    @torch.no_grad()
+    def encode(self, texts: list[str], longest: int = 0) -> Tensor:
+        ids = vae_ids(self.tokens, texts, self.longest)
+        return torch.cat([(self.vae.encode(part.to(self.device))[0] - self.mean) / self.std for part in ids.split(1024)])
+
+    def vectors(self, codes: Tensor) -> Tensor:
+        return codes
+
+    def snap(self, x0: Tensor) -> Tensor:
+        return self.encode(self.decode(x0))
+
+    def draw(self, x0: Tensor) -> Tensor:
+        return x0
+
+    def decode(self, x0: Tensor) -> list[str]:
+        rows = [row for part in (x0 * self.std + self.mean).split(1024) for row in self.vae.generate(part, self.longest + 1).tolist()]
+        return [self.tokens.text(row) for row in rows]
+
+
+def vae_ids(tokens: Tokens, texts: list[str], longest: int) -> Tensor:
+    """Ids (N, longest + 1) of texts as the VAE reads and writes them: END once at the end, then -100."""
+    ids = F.pad(tokens.encode(texts, longest), (0, 1), value=END)
+    return ids.masked_fill((ids == END).cumsum(1) > 1, -100)
+
+
+# -- chains: where everything stands ------------------------------------------------------------------------------------
+
+
+class Layout:
+    """Where a question and its thoughts stand in the sequence, and which of them see which.
+
+    Each thought has a slot of its own length, the longest of the training split at that place, so that the same place always means the same.
+    widths: characters of the question and of each slot. Multi-pass: a noised thought sees itself, the question and the clean thoughts before
+    it, so that all thoughts of a chain are trained in one pass (block-causal, LaDiR 2510.04573). Single-pass: the slots are one block.
+    """
+
+    def __init__(self, codec, widths: list[int], passes: str, device):
+        self.longest, self.q, self.slots = widths, codec.length(widths[0]), [codec.length(w) for w in widths[1:]]
+        self.n = len(self.slots)
+        thought = torch.repeat_interleave(torch.arange(self.n), torch.tensor(self.slots))  # (k,) the thought of each position
+        self.block = (thought if passes == "multi" else torch.zeros_like(thought)).to(device)
+        self.thought, self.k, self.places = thought.to(device), len(thought), self.q + len(thought)
+        self.c = self.k - self.slots[-1] if passes == "multi" else 0  # clean positions of earlier thoughts
+        noised, clean = self.q + torch.arange(self.k), torch.arange(self.q + self.c)
+        self.position = torch.cat([noised, clean]).to(device)  # (k + q + c,)
+        of = torch.cat([self.block.cpu(), torch.full((self.q,), -1), self.block[: self.c].cpu()])  # whose: -1 is the question
+        is_noised = torch.arange(len(of)) < self.k
+        row, column = of[:, None], of[None]
+        self.see = torch.where(is_noised[None], is_noised[:, None] & (row == column), torch.where(is_noised[:, None], column < row, column <= row))[None].to(device)
+        self.cut = lambda x: x.split(self.slots if passes == "multi" else [self.k], dim=1)  # what is sampled in one go
+
+    def chain(self, codec, q: Tensor, r: Tensor, count: Tensor | None, snapshots: Tensor | None = None) -> tuple[Tensor, Chain]:
+        """x0 (B, k, d) and its condition for stored questions q (B, q, ...), thoughts r (B, k, ...) and, where chains differ in length, the
+        number of thoughts `count` (B,). snapshots: (B, k, d) stand in the context in place of the true thoughts."""
+        x0, see, counted = codec.vectors(r), self.see, None
+        if count is not None:
+            counted = self.thought < count[:, None]  # (B, k)
+            see = see & torch.cat([counted, known(q), counted[:, : self.c]], dim=1)[:, None] | torch.eye(see.shape[1], dtype=torch.bool, device=see.device)
+        context = torch.cat([codec.vectors(q), (x0 if snapshots is None else snapshots)[:, : self.c]], dim=1)
+        return x0, Chain(self.block, context, self.position, see, count=counted)
+
+
+def known(q: Tensor) -> Tensor:
+    """Which positions (B, q) of stored questions hold something: ids of -1 are padding, codes are never."""
+    return q >= 0 if q.dim() == 2 else torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)
+
+
+@dataclass
+class Split:
+    """A split as the loops read it: stored questions (N, q, ...), thoughts (N, k, ...), their number (N,) or None where it never varies; and the texts."""
+
+    q: Tensor
+    r: Tensor
+    count: Tensor | None
+    questions: list[str]
+    thoughts: list[list[str]]
+
+
+def encode_split(layout: Layout, codec, questions: list[str], thoughts: list[list[str]], varies: bool, passes: str, device) -> Split:
+    how = (layout.longest[0], -1) if isinstance(codec, Tokens) else ()
+    slots = [codec.encode([t[i] if i < len(t) else "" for t in thoughts], layout.longest[i + 1]) for i in range(layout.n)]
+    count = torch.tensor([len(t) if passes == "multi" else layout.n for t in thoughts], device=device) if varies else None
+    return Split(codec.encode(questions, *how).to(device), torch.cat(slots, dim=1).to(device), count, questions, thoughts)
+
+
+def problem_facts(cfg: Config, problems: Problems) -> dict:
+    """What a checkpoint must know of the problems: alphabet, widths, whether chains differ in length or fill, and their checksum.
+
+    Raises UserError for a question or a chain beyond --max_question and --max_thoughts.
+    """
+    questions, thoughts = problems.question + problems.question_test, problems.thoughts + problems.thoughts_test
+    for i, (question, chain) in enumerate(zip(questions, thoughts)):
+        if len(question) > cfg.max_question or len(chain) > cfg.max_thoughts:
+            raise UserError(f"{cfg.dataset}: problem {i + 1} ({question[:40]!r}...) has {len(question)} characters and {len(chain)} thoughts, more than --max_question {cfg.max_question} or --max_thoughts {cfg.max_thoughts}")
+    characters = {c for text in [*questions, *(t for chain in thoughts for t in chain)] for c in text.replace("####", ANSWER)} - ({" "} if cfg.dataset in TASKS else set())
+    tokens = Tokens("".join(sorted(characters)))
+    n = max(map(len, thoughts))
+    widths = [max(len(tokens.plain(q)) for q in questions), *(max(len(tokens.plain(t[i])) for t in thoughts if i < len(t)) for i in range(n))]
+    lengths = {(len(tokens.plain(q)), *(len(tokens.plain(t)) for t in chain)) for q, chain in zip(questions, thoughts)}
+    return dict(alphabet=tokens.alphabet, widths=widths, varies=len(lengths) > 1, problems=len(problems.question), checksum=problems.checksum())
+
+
+# -- the model ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Thinker:
+    """All that turns a question into a chain: what a checkpoint of the diffusion holds."""
+
+    cfg: Config
+    facts: dict
+    codec: Tokens | Latents
+    layout: Layout
+    process: Diffusion | Masked
+    model: nn.Module
+    device: torch.device
+
+    def encode(self, questions: list[str], thoughts: list[list[str]]) -> Split:
+        return encode_split(self.layout, self.codec, questions, thoughts, self.facts["varies"], self.cfg.passes, self.device)
+
+    def settings(self, seed: int) -> dict:
+        cfg = self.cfg
+        sampler = cfg.sampler if cfg.sampler != "auto" else "confident" if cfg.process == "masked" else "ddim"
+        temperature = 1.0 if cfg.process == "gaussian" and not cfg.temperature else cfg.temperature  # no noise at all would be no diffusion
+        return dict(sampler=sampler, steps=cfg.steps, temperature=temperature, generator=torch.Generator().manual_seed(seed))
+
+    @torch.no_grad()
+    def steps(self, q: Tensor, seed: int, given=(), start: tuple[Tensor, int] | None = None):
+        """Yield (thought i, x0 of the thoughts so far (B, ..., d)) after every step of the chains of stored questions q (B, q, ...).
+
+        given: x0 of the first thoughts, kept as they are. start: x0 (B, k, d) of whole chains and the step t to which they are noised to
+        begin from. What is finished is read once, and then only its keys and values are used.
+        """
+        layout, codec, settings = self.layout, self.codec, self.settings(seed)
+        seen, done, past, at = known(q), [], [], layout.q
+        new, places = codec.vectors(q), torch.arange(layout.q, device=q.device)
+        starts = layout.cut(start[0]) if start else None
+        for i, slot in enumerate(layout.cut(torch.zeros(1, layout.k, device=q.device))):
+            width = slot.shape[1]
+            with autocast(self.device, self.cfg.precision):
+                past = self.model.remember(new, places, seen[:, None].expand(-1, new.shape[1], -1), past)
+                places = torch.arange(at, at + width, device=q.device)
+                see = F.pad(seen, (0, width), value=True)
+                y = Chain(torch.zeros(width, dtype=torch.long, device=q.device), new[:, :0], places, see[:, None].expand(-1, width, -1), past)
+                if i < len(given):
+                    x0 = given[i]
+                else:
+                    for _, xt, _ in self.process.trajectory(self.model, (len(q), width, codec.d), y, start=(starts[i], start[1]) if start else None, **settings):
+                        yield i, torch.cat([*done, xt], dim=1)
+                    x0 = codec.snap(xt)
+            done.append(x0)
+            new, at, seen = x0, at + width, see
+        yield i, torch.cat(done, dim=1)
+
+    def think(self, q: Tensor, seed: int, given=(), start=None) -> Tensor:
+        """x0 (B, k, d) of chains for stored questions q (B, q, ...), 1,000 at a time; see `steps`."""
+        parts = []
+        for part in torch.arange(len(q), device=q.device).split(1000):
+            begin = (start[0][part], start[1]) if start else None
+            for _, x0 in self.steps(q[part], seed + len(parts), [x[part] for x in given], begin):
+                pass
+            parts.append(x0)
+        return torch.cat(parts)
+
+    def chains(self, x0: Tensor) -> list[list[str]]:
+        """The thoughts of chains x0 (B, up to k, d), each chain up to its answer."""
+        texts = zip(*(self.codec.decode(x) for x in x0.split(self.layout.slots[: self.layout_slots(x0)], dim=1)))
+        return [until_answer(list(chain)) for chain in texts]
+
+    def layout_slots(self, x0: Tensor) -> int:
+        return next(i for i in range(1, self.layout.n + 1) if sum(self.layout.slots[:i]) >= x0.shape[1])
+
+    def score(self, split: Split, seed: int, **changes) -> dict:
+        """Scores of the split's questions under the sampling settings `changes`."""
+        asked = dataclasses.replace(self, cfg=dataclasses.replace(self.cfg, **changes))
+        return metrics.score_chains(self.chains(asked.think(split.q, seed)), split.thoughts)
+
+
+def until_answer(chain: list[str]) -> list[str]:
+    last = next((i for i, thought in enumerate(chain) if thought.lstrip().startswith("####")), len(chain) - 1)
+    return chain[: last + 1]
+
+
+def build(cfg: Config, facts: dict, extra: dict, device) -> Thinker:
+    """Codec, layout, process and denoiser that cfg describes. extra: of the codec latents, the VAE's weights and the codes' mean and std."""
+    codec = Tokens(facts["alphabet"])
+    if cfg.codec == "latents":
+        vae = build_vae(cfg, facts, device)
+        load_weights(vae, extra["vae"], cfg.out)
+        codec = Latents(codec, vae.eval().requires_grad_(False), max(facts["widths"]), extra["mean"], extra["std"], device)
+    layout = Layout(codec, facts["widths"], cfg.passes, device)
+    torch.manual_seed(cfg.seed)
+    model = Transformer(codec.d, cfg.width, cfg.depth, d_context=codec.d, self_condition=cfg.self_condition > 0, places=layout.places).to(device)
+    try:
+        if cfg.process == "masked":
+            process = Masked(cfg.T, cfg.weight, cfg.self_condition)
+        else:
+            process = Diffusion(noise_shift(SCHEDULES[cfg.schedule](cfg.T), cfg.shift), cfg.predict, cfg.weight, self_condition=cfg.self_condition)
+    except ValueError as error:
+        raise UserError(f"--schedule {cfg.schedule} with --T {cfg.T} and --shift {cfg.shift}: {error}") from error
+    return Thinker(cfg, facts, codec, layout, process.to(device), model, device)
+
+
+def build_vae(cfg: Config, facts: dict, device) -> TextVAE:
+    torch.manual_seed(cfg.seed)
+    vocab, longest = len(facts["alphabet"]) + 1, max(max(facts["widths"]) + 1, cfg.k)
+    return TextVAE(*small_backbones(vocab, cfg.vae_width, cfg.vae_depth, longest + cfg.k + 1), cfg.k, cfg.d, END, noise=cfg.latent_noise, p_max=0.0).to(device)
+
+
+class QuestionGPT(Reader):
+    """The autoregressive baseline: a GPT-2 that reads a question's ids (B, q), -1 for padding, and writes a chain; its end token is the last of its vocabulary."""
+
+    def __init__(self, decoder):
+        super().__init__(decoder, nn.Identity(), decoder.config.vocab_size - 1)
+
+    def read(self, q: Tensor) -> Tensor:
+        return self.decoder.transformer.wte(q.where(q >= 0, self.eos))
+
+    def forward(self, q: Tensor, target: Tensor) -> Tensor:
+        return self.cross_entropy(self.read(q), target)
+
+
+# -- training -----------------------------------------------------------------------------------------------------------
+
+
+def stage_config(cfg: Config, stage: str) -> Config:
+    steps = dict(vae=cfg.vae_steps).get(stage, cfg.max_steps)
+    return dataclasses.replace(cfg, out=f"{cfg.out}/{stage}", max_steps=min(steps, cfg.max_steps))
+
+
+def train(cfg: Config, model: nn.Module, loss, n: int, facts: dict, device, evaluate=None, seconds: float = math.inf, extra=None) -> nn.Module:
+    """Train model in cfg.out on loss(run.model, step, batch) until max_steps or so many seconds; return its EMA.
+
+    evaluate(EMA): scores of held-out problems; they are printed, and kept with the training seconds in eval.csv.
+    """
+    if n < cfg.batch_size:
+        raise UserError(f"{n} training problems, fewer than a batch of {cfg.batch_size}: give more, or a smaller --batch_size")
+    run = Run(cfg, model, device, facts, extra=(extra or {}) | dict(done=False))
+    path = Path(cfg.out) / "eval.csv"
+    if run.main:
+        print(f"{cfg.out}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {n} training problems; {device}, {run.world} process(es)", flush=True)
+        rows = path.read_text().splitlines()[1:] if run.resumed and path.exists() else []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(["step,seconds,answer,chain", *(r for r in rows if int(r.split(",")[0]) <= run.step), ""]))
+    for step, batch in run.steps(n):
+        with autocast(device, cfg.precision):
+            value = loss(run.model, batch)
+        run.update(value)
+        if step % cfg.sample_every == 0 or step == cfg.max_steps:
+            took = run.seconds + time.perf_counter() - run.logged[1]
+            with run.pause():
+                if evaluate and run.main:
+                    scores = evaluate(run.ema.module)
+                    print(f"step {step}, {took:.0f} s: answer {scores['answer']:.3f}, chain {scores['chain']:.3f}, thoughts " + " ".join(f"{a:.2f}" for a in scores["thoughts"]), flush=True)
+                    with open(path, "a", newline="") as file:
+                        csv.writer(file).writerow([step, f"{took:.1f}", scores["answer"], scores["chain"]])
+            if took > seconds:
+                break
+    run.extra["done"] = True
+    run.save()
+    if run.main:
+        print(f"trained {run.seconds:.0f} s; wrote {run.curve()}", flush=True)
+    return run.ema.module.eval()
+
+
+def train_vae(cfg: Config, facts: dict, problems: Problems, device) -> None:
+    cfg, tokens = stage_config(cfg, "vae"), Tokens(facts["alphabet"])
+    if finished(cfg):
+        return print(f"{cfg.out}/last.pt is finished: loaded, not trained again")
+    vae, texts = build_vae(cfg, facts, device), sorted({text for q, chain in zip(problems.question, problems.thoughts) for text in (q, *chain)})
+    ids, longest = vae_ids(tokens, texts, max(facts["widths"])).to(device), max(facts["widths"])
+    held_out = sorted({t for q, chain in zip(problems.question_test, problems.thoughts_test) for t in (q, *chain)} - set(texts)) or texts
+    unseen = vae_ids(tokens, held_out[:: max(1, len(held_out) // 500)][:500], longest).to(device)
+
+    def evaluate(vae) -> dict:
+        back = F.pad(vae.generate(vae.encode(unseen)[0], longest + 1), (0, unseen.shape[1]), value=END)[:, : unseen.shape[1]]
+        right = (((back == unseen) | (unseen < 0)).all(1)).float().mean().item()
+        return dict(answer=right, chain=right, thoughts=[right])  # texts that come back, of which training knew none
+
+    train(cfg, vae, lambda model, batch: model(ids[batch], ids[batch]), len(ids), facts | dict(stage="vae"), device, evaluate)
+
+
+def train_diffusion(cfg: Config, facts: dict, problems: Problems, device) -> None:
+    extra = {}
+    if cfg.codec == "latents":
+        train_vae(cfg, facts, problems, device)
+        wait()
+        extra = dict(vae=load_checkpoint(f"{cfg.out}/vae/last.pt", cfg.kind)["ema"], mean=torch.zeros(cfg.k, cfg.d), std=torch.ones(cfg.k, cfg.d))
+        codes = build(cfg, facts, extra, device).codec.encode([t for chain in problems.thoughts[:5000] for t in chain])
+        extra |= dict(mean=codes.mean(0).cpu(), std=codes.std(0).clamp(min=1e-3).cpu())
+    cfg = stage_config(cfg, "diffusion")
+    thinker = build(cfg, facts, extra, device)
+    layout, codec, process = thinker.layout, thinker.codec, thinker.process
+    split = thinker.encode(problems.question, problems.thoughts)
+    test = thinker.encode(problems.question_test[:200], problems.thoughts_test[:200])
+
+    def loss(model, batch: Tensor) -> Tensor:
+        q, r, count = split.q[batch], split.r[batch], None if split.count is None else split.count[batch]
+        x0, y = layout.chain(codec, q, r, count)
+        if cfg.snapshot:
+            own = codec.draw(process.guess(model, x0, y))
+            keep = torch.rand(len(x0), 1, 1, device=device) >= cfg.snapshot
+            x0, y = layout.chain(codec, q, r, count, snapshots=torch.where(keep, x0, own))
+        return process.loss(model, x0, y)
+
+    evaluate = lambda model: dataclasses.replace(thinker, model=model).score(test, cfg.seed)
+    train(cfg, thinker.model, loss, len(split.q), facts | dict(stage="diffusion"), device, evaluate, cfg.seconds or math.inf, extra)
+
+
+def gpt_targets(tokens: Tokens, facts: dict, thoughts: list[list[str]], stage: str) -> Tensor:
+    """Targets (N, L) of the baseline: the chain ("chain") or its last thought ("answer"), then its end token; thoughts of various length end in END each."""
+    end, rows = len(facts["alphabet"]) + 1, []
+    for chain in thoughts:
+        ids = [[tokens.alphabet.index(c) + 1 for c in tokens.plain(t)] + [END] * facts["varies"] for t in (chain if stage == "chain" else chain[-1:])]
+        rows.append([i for thought in ids for i in thought] + [end])
+    target = torch.full((len(rows), max(map(len, rows))), -100)
+    for row, ids in zip(target, rows):
+        row[: len(ids)] = torch.tensor(ids)
+    return target
+
+
+def gpt_chains(tokens: Tokens, facts: dict, rows: list[list[int]], stage: str) -> list[list[str]]:
+    """The thoughts in the ids that the baseline wrote."""
+    end, widths, chains = len(facts["alphabet"]) + 1, facts["widths"][1:] if stage == "chain" else facts["widths"][-1:], []
+    for row in rows:
+        row = row[: row.index(end)] if end in row else row
+        if facts["varies"]:
+            marks = [-1, *(i for i, token in enumerate(row) if token == END), len(row)]
+            parts = [row[a + 1 : b] for a, b in zip(marks, marks[1:]) if b > a + 1]
+        else:
+            starts = [sum(widths[:i]) for i in range(len(widths))]
+            parts = [row[a : a + w] for a, w in zip(starts, widths)]
+        chains.append(until_answer([tokens.text(part) for part in parts]) if parts else [])
+    return chains
+
+
+@dataclass
+class Baseline:
+    """The autoregressive GPT-2 of a stage, "chain" or "answer"."""
+
+    facts: dict
+    stage: str
+    model: QuestionGPT
+    tokens: Tokens
+    longest: int
+    precision: str
+
+    def chains(self, q: Tensor) -> list[list[str]]:
+        """Its greedy chains for questions' ids q (B, q), 1,000 at a time."""
+        rows = []
+        for part in q.split(1000):
+            with autocast(q.device, self.precision):
+                rows += self.model.generate(self.model.read(part), self.longest).tolist()
+        return gpt_chains(self.tokens, self.facts, rows, self.stage)
+
+
+def questions(tokens: Tokens, facts: dict, texts: list[str], device) -> Tensor:
+    return tokens.encode(texts, facts["widths"][0], -1).to(device)
+
+
+def load_baseline(cfg: Config, facts: dict, stage: str, size: int, problems: Problems, device) -> tuple[Baseline, Config]:
+    """The baseline of a stage with about `size` parameters, untrained, and its configuration."""
+    cfg, tokens = stage_config(cfg, stage), Tokens(facts["alphabet"])
+    longest = gpt_targets(tokens, facts, problems.thoughts, stage).shape[1]
+    torch.manual_seed(cfg.seed)
+    model = QuestionGPT(small_gpt(tokens.d + 1, cfg.width, max(1, round(size / (12 * cfg.width**2))), facts["widths"][0] + longest + 1)).to(device)
+    return Baseline(facts, stage, model, tokens, longest, cfg.precision), cfg
+
+
+def train_baseline(cfg: Config, facts: dict, stage: str, thinker: Thinker, problems: Problems, seconds: float, device) -> Baseline:
+    """The trained baseline of a stage, of the thinker's size; it is trained for so many seconds, or loaded where it has been."""
+    size = sum(p.numel() for p in thinker.model.parameters())
+    baseline, cfg = load_baseline(cfg, facts, stage, size, problems, device)
+    cfg = dataclasses.replace(cfg, max_steps=10**6)
+    if finished(cfg):
+        load_weights(baseline.model, load_checkpoint(f"{cfg.out}/last.pt", cfg.kind)["ema"], cfg.out)
+        baseline.model.eval()
+        return baseline
+    q, target = questions(baseline.tokens, facts, problems.question, device), gpt_targets(baseline.tokens, facts, problems.thoughts, stage).to(device)
+    q_test, truth = questions(baseline.tokens, facts, problems.question_test[:200], device), problems.thoughts_test[:200]
+    truth = truth if stage == "chain" else [chain[-1:] for chain in truth]
+    evaluate = lambda model: metrics.score_chains(dataclasses.replace(baseline, model=model).chains(q_test), truth)
+    cfg = dataclasses.replace(cfg, resume=cfg.resume and (Path(cfg.out) / "last.pt").exists())
+    baseline.model = train(cfg, baseline.model, lambda model, batch: model(q[batch], target[batch]), len(q), facts | dict(stage=stage), device, evaluate, seconds)
+    return baseline
+
+
+# -- what the script does -----------------------------------------------------------------------------------------------
+
+
+def load_thinker(cfg: Config, path: Path, device) -> tuple[Thinker, float]:
+    """The thinker in a checkpoint of the diffusion, and its training seconds."""
+    checkpoint = load_checkpoint(path, cfg.kind)
+    if checkpoint["facts"].get("stage") != "diffusion":
+        raise UserError(f"{path} is the checkpoint of a {checkpoint['facts'].get('stage')}; give that of the diffusion, out/NAME/diffusion/last.pt")
+    if cfg.codec == "latents" and "vae" not in checkpoint["extra"]:
+        raise UserError(f"{path} was trained with --codec tokens and holds no VAE: leave out --codec latents")
+    thinker = build(cfg, checkpoint["facts"], checkpoint["extra"], device)
+    load_weights(thinker.model, checkpoint["ema"], path)
+    thinker.model.eval()
+    return thinker, checkpoint["seconds"]
+
+
+def show(out: Path, name: str, lines: list[str]) -> None:
+    path = out / "samples" / f"{name}.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([*lines, ""]))
+    print(f"\n-- {path} --", *lines, sep="\n", flush=True)
+
+
+def focus(thinker: Thinker, question: str) -> list[str]:
+    """The chain of one question as it comes into focus, a line for each step that changed it: "_" is a token still masked."""
+    lines, tokens = [f"question  {question}"], thinker.codec if isinstance(thinker.codec, Tokens) else None
+    for i, x0 in thinker.steps(thinker.encode([question], [[""] * thinker.layout.n]).q, thinker.cfg.seed):
+        if tokens:
+            row = [0 if known else None for known in x0[0].any(-1).tolist()]
+            text = " ".join("_" if mark is None else tokens.text([j]) for mark, j in zip(row, x0[0].argmax(-1).tolist()))
+        else:
+            text = " | ".join(thinker.chains(x0)[0])
+        if text != lines[-1].split("  ", 1)[1]:
+            lines.append(f"thought {i + 1}  {text}")
+    return lines
+
+
+def check_question(cfg: Config, question: str) -> None:
+    """Raises UserError for a question that is not of the form of the task."""
+    digit = lambda n: " ".join([r"\d"] * n)
+    form = dict(sums=r" \+ ".join([r"\d"] * cfg.terms), adds=r" \+ ".join([digit(cfg.digits[0])] * cfg.terms), mult=rf"{digit(cfg.digits[0])} \* {digit(cfg.digits[1])}").get(cfg.dataset)
+    if form and not re.fullmatch(form, question):
+        example = form.replace(r"\d", "7").replace("\\", "")
+        raise UserError(f"--prompt {question!r} is not a question of --dataset {cfg.dataset} with these sizes; it looks like {example!r}, least significant digit first")
+
+
+def sample(thinker: Thinker, out: Path) -> None:
+    """Answer --prompt, and show how the chain came about."""
+    check_question(thinker.cfg, thinker.cfg.prompt)
+    lines = focus(thinker, thinker.cfg.prompt)
+    q = thinker.encode([thinker.cfg.prompt], [[""] * thinker.layout.n]).q
+    show(out, "focus", [*lines, "chain     " + " | ".join(thinker.chains(thinker.think(q, thinker.cfg.seed))[0])])
+
+
+def rate(work, n: int) -> float:
+    """Problems a second of work(), the best of three."""
+    took = []
+    for _ in range(3):
+        start = time.perf_counter()
+        work()
+        took.append(time.perf_counter() - start)
+    return n / min(took)
+
+
+def score(cfg: Config, thinker: Thinker, problems: Problems, out: Path, seconds: float) -> None:
+    """Print the scores of the chains at 1 to 64 evaluations a thought, of a vote, and of the autoregressive baselines."""
+    device, n = thinker.device, min(cfg.score_n, len(problems.question_test))
+    split = thinker.encode(problems.question_test[:n], problems.thoughts_test[:n])
+    print(f"score: n={n} test problems, seed {cfg.seed}; {device}, {torch.get_num_threads()} threads; trained {seconds:.0f} s")
+
+    def row(name: str, scores: dict, *rates: float) -> None:
+        speed = "".join(f"  {label} {value:.3g}/s" for label, value in zip(("full batch", "one by one"), rates))
+        print(f"  {name:22}  answer {scores['answer']:.3f}  chain {scores['chain']:.3f}  unended {scores['unended']:.3f}  thoughts " + " ".join(f"{a:.2f}" for a in scores["thoughts"]) + speed, flush=True)
+
+    few = split.q[: min(n, 8)]
+    for steps in (1, 2, 4, 8, 16, 32, 64):
+        if steps > cfg.T:
+            break
+        asked = dataclasses.replace(thinker, cfg=dataclasses.replace(thinker.cfg, steps=steps))
+        scores = asked.score(split, cfg.seed)
+        row(f"diffusion, {steps} steps", scores, rate(lambda: asked.think(split.q, 0), n), rate(lambda: [asked.think(few[i : i + 1], 0) for i in range(len(few))], len(few)))
+    if cfg.votes > 1:
+        drawn = dataclasses.replace(thinker, cfg=dataclasses.replace(thinker.cfg, temperature=cfg.vote_temperature))
+        runs = [drawn.chains(drawn.think(split.q, cfg.seed + 1000 * i)) for i in range(cfg.votes)]
+        row("one at that temperature", metrics.score_chains(runs[0], split.thoughts))
+        elected = [metrics.majority([metrics.answer_of(c) for c in chains]) for chains in zip(*runs)]
+        right = sum(a is not None and a == metrics.answer_of(b) for a, b in zip(elected, split.thoughts)) / n
+        print(f"  vote of {cfg.votes} at {cfg.vote_temperature:g}      answer {right:.3f}")
+    if not cfg.compare:
+        return
+    for stage in ("chain", "answer"):
+        baseline = train_baseline(dataclasses.replace(cfg, out=str(out.parent)), thinker.facts, stage, thinker, problems, seconds, device)
+        q = questions(baseline.tokens, thinker.facts, split.questions, device)
+        truth = split.thoughts if stage == "chain" else [chain[-1:] for chain in split.thoughts]
+        scores = metrics.score_chains(baseline.chains(q), truth)
+        row(f"GPT-2, {stage}", scores, rate(lambda: baseline.chains(q), n), rate(lambda: [baseline.chains(q[i : i + 1]) for i in range(len(few))], len(few)))
+    print("wrote", learning_curves({stage: out.parent / stage for stage in ("diffusion", "chain", "answer")}, out.parent / "curves.png"))
+
+
+def learning_curves(runs: dict[str, Path], path: Path) -> Path:
+    """Draw the accuracy of the answers over the training seconds of several runs, from their eval.csv."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, folder in runs.items():
+        rows = list(csv.DictReader(open(folder / "eval.csv")))
+        ax.plot([float(r["seconds"]) for r in rows], [float(r["answer"]) for r in rows], label=name)
+    ax.set(xlabel="training seconds", ylabel="right answers, 200 test problems", ylim=(0, 1.02))
+    ax.legend()
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+    return path
+
+
+def spoil(tokens: Tokens, text: str, rng: random.Random) -> str:
+    """The text with one of its digits changed."""
+    at = rng.choice([i for i, c in enumerate(text) if c.isdigit()])
+    return text[:at] + rng.choice([c for c in "0123456789" if c != text[at]]) + text[at + 1 :]
+
+
+def correct(cfg: Config, facts: dict, problems: Problems, device) -> None:
+    """The experiment on self-correction: one thought of a true chain is spoilt; how often is the answer right all the same, with and without snapshots?"""
+    if cfg.passes == "single":
+        raise UserError("--stage correct spoils a thought and lets the later ones follow: it needs --passes multi")
+    results, n = {}, min(cfg.score_n, len(problems.question_test))
+    for snapshot in (0.0, cfg.snapshot or 0.5):
+        one = dataclasses.replace(cfg, snapshot=snapshot, out=f"{cfg.out}/snapshot{snapshot:g}")
+        if not finished(stage_config(one, "diffusion")):
+            train_diffusion(one, facts, problems, device)
+        thinker, _ = load_thinker(stage_config(one, "diffusion"), Path(one.out) / "diffusion/last.pt", device)
+        chosen = [i for i, chain in enumerate(problems.thoughts_test) if len(chain) > 1 and any(c.isdigit() for c in chain[0])][:n]
+        split = thinker.encode([problems.question_test[i] for i in chosen], [problems.thoughts_test[i] for i in chosen])
+        answers = lambda x0: metrics.score_chains(thinker.chains(x0), split.thoughts)["answer"]
+        rows = {"nothing spoilt": (answers(thinker.think(split.q, cfg.seed)), math.nan)}
+        shortest, rng = min(map(len, split.thoughts)), random.Random(cfg.seed)
+        for i in range(shortest - 1):
+            bad = [[*chain[:i], spoil(thinker.codec, chain[i], rng), *chain[i + 1 :]] for chain in split.thoughts]
+            x0 = thinker.codec.vectors(thinker.encode(split.questions, bad).r)
+            given = list(thinker.layout.cut(x0))[: i + 1]
+            first = thinker.think(split.q, cfg.seed, given)
+            again = thinker.think(split.q, cfg.seed + 1, start=(first, cfg.T // 2))
+            rows[f"thought {i + 1} spoilt"] = answers(first), answers(again)
+        results[snapshot] = rows
+    lines = [f"right answers, n={len(chosen)}, {cfg.steps} steps a thought, seed {cfg.seed}; second round: the whole chain, noised to T/2, once more"]
+    for snapshot, rows in results.items():
+        lines += [f"snapshot {snapshot:<4g}  {name:18}  {a:.3f}" + ("" if math.isnan(b) else f"  second round {b:.3f}") for name, (a, b) in rows.items()]
+    show(Path(cfg.out), "correct", lines)
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    bars = [(f"snapshot {s:g}{round_}", [pair[j] for pair in rows.values()]) for s, rows in results.items() for j, round_ in enumerate(("", ", second round"))]
+    for i, (name, values) in enumerate(bars):
+        ax.bar([x + i / 5 for x in range(len(values))], values, width=1 / 5, label=name)
+    ax.set_xticks([x + 0.3 for x in range(len(rows))], rows)
+    ax.set(ylabel="right answers", ylim=(0, 1.02))
+    ax.legend()
+    fig.savefig(Path(cfg.out) / "correct.png", dpi=120)
+    plt.close(fig)
+    print("wrote", Path(cfg.out) / "correct.png")
+
+
+def main(cfg: Config) -> None:
+    device = pick_device(cfg.device)
+    given = cfg.sample_from or cfg.score_from
+    cfg = dataclasses.replace(cfg, out=cfg.out or (str(Path(given).parent) if given else f"out/{Path(cfg.dataset).stem.lower()}"))
+    if cfg.sample_from and cfg.prompt:
+        return sample(load_thinker(cfg, Path(given), device)[0], Path(cfg.out))
+    problems = load_problems(cfg.dataset, cfg.digits, cfg.terms, cfg.train_n, cfg.form)
+    facts = problem_facts(cfg, problems)
+    if given:
+        thinker, seconds = load_thinker(cfg, Path(given), device)
+        if thinker.facts["checksum"] != facts["checksum"]:
+            raise UserError(f"{cfg.dataset} is not the data that {given} was trained on: a score needs its training and test split")
+        if cfg.sample_from:
+            return show(Path(cfg.out), "focus", focus(thinker, problems.question_test[0]))
+        return score(cfg, thinker, problems, Path(cfg.out), seconds)
+    if cfg.stage == "correct":
+        return correct(cfg, facts, problems, device)
+    path = Path(cfg.out) / "diffusion" / "last.pt"
+    if cfg.stage in ("all", "diffusion"):
+        if finished(stage_config(cfg, "diffusion")):
+            print(f"{path} is finished: loaded, not trained again")
+        else:
+            print(f"{cfg.dataset}: {len(problems.question)} training and {len(problems.question_test)} test problems; {problems.question[0]} -> {' | '.join(problems.thoughts[0])}")
+            train_diffusion(cfg, facts, problems, device)
+        wait()
+    if cfg.stage in ("all", "score") and is_main():
+        thinker, seconds = load_thinker(stage_config(cfg, "diffusion"), path, device)
+        show(path.parent, "focus", focus(thinker, problems.question_test[0]))
+        score(cfg, thinker, problems, path.parent, seconds)
+        print(f"sample again: python reason.py --sample_from {shlex.quote(str(path))} --prompt {shlex.quote(problems.question_test[0])}")
+
+
+if __name__ == "__main__":
+    run_script(Config, main, __doc__)
