@@ -4,11 +4,13 @@
     python bench.py images                                  FashionMNIST from ./data; about 70 minutes on two CPU cores
     python bench.py images --seconds 0                      speed only, about 4 minutes
     python bench.py text                                    textgen.py beside PLANNER's way of doing the same; about 5 minutes
+    python bench.py reason                                  ways to diffuse a chain of thoughts, and GPT-2; about 50 minutes
 
 Peers of images: diffusers' UNet2DModel and denoising-diffusion-pytorch's Unet, each with its own loss, at comparable parameter counts. All are
 unconditional and share the batch, optimizer, learning rate, warm-up, clipping and EMA of imagen.py; what differs is the network, the recipe, and that
 ours runs in bf16 where the hardware has it (but for the row "ours, fp32") while the peers run as they come, in float32.
 """
+import csv
 import math
 import multiprocessing
 import platform
@@ -30,9 +32,10 @@ from transformers import AutoModel, BertConfig
 
 import imagen
 import metrics
+import reason
 import textgen
-from data import Codec, load_images, load_texts
-from training import UserError, autocast, batch_indices, ema_ramp, pick_device, run_script
+from data import Codec, load_images, load_problems, load_texts
+from training import UserError, autocast, batch_indices, ema_ramp, load_checkpoint, pick_device, run_script
 from vae import TextVAE, corrupt, kl, small_backbones
 
 
@@ -40,15 +43,16 @@ from vae import TextVAE, corrupt, kl, small_backbones
 class Config:
     """Settings of a comparison."""
 
-    what: tyro.conf.Positional[Literal["images", "text"]]  # what to compare
+    what: tyro.conf.Positional[Literal["images", "text", "reason"]]  # what to compare
     dataset: str = "fashionmnist"  # images: any data set of imagen.py with classes, one channel and sides divisible by 4
     data_dir: str = "data"  # where torchvision finds its data sets, or puts them
     rounds: int = 7  # interleaved rounds of the speed measurement
     round_steps: int = 4  # training steps of each side in a round
-    seconds: float = 240.0  # images: training seconds of each side before it is scored; 0 leaves scores out
-    seeds: tuple[int, ...] = (0, 1, 2)  # seeds of the scored training runs
+    seconds: float = 240.0  # images and reason: training seconds of each side before it is scored; 0 leaves scores out
+    digits: tuple[int, int] = (3, 2)  # reason: digits of the two factors
+    seeds: tuple[int, ...] = (0, 1, 2)  # seeds of the scored training runs; reason: the first
     score_n: int = 250  # samples of a score; at most the number of training images
-    batch_size: int = 64  # images of a training step, or reviews written at a time
+    batch_size: int = 64  # images of a training step, or reviews written at a time; reason has its own
     base_batch: int = 8  # text: codes of a diffusion step at the base size
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda where there is one, else mps, else cpu
     out: str = "out/bench"  # folder of the sample grids
@@ -307,6 +311,48 @@ def text(cfg: Config, device) -> None:
     compare(f"writing {cfg.batch_size} reviews, tiny, 20 steps of diffusion; one by one from 4", {"in a batch": many, "one by one": single}, cfg, device, cfg.batch_size / 4)
 
 
+WAYS = {  # to diffuse a chain: what each changes of reason.py's defaults
+    "masked, multi-pass (the default)": {},
+    "masked, single-pass": dict(passes="single"),
+    "masked, weight elbo": dict(weight="elbo"),
+    "masked, self-conditioning": dict(self_condition=0.5),
+    "gaussian, multi-pass, loss on tokens": dict(process="gaussian"),
+    "gaussian, self-conditioning": dict(process="gaussian", self_condition=0.5),
+    "gaussian, t at less noise (shift 0.5)": dict(process="gaussian", shift=0.5),
+    "gaussian, loss on vectors (x0)": dict(process="gaussian", predict="x0"),
+    "gaussian, single-pass": dict(process="gaussian", passes="single"),
+    "latents": dict(codec="latents", process="gaussian", predict="x0", vae_steps=600),
+}
+
+
+def reasoning(cfg: Config, device) -> None:
+    """Train every way of WAYS, and GPT-2 of equal size with its chain and on the answer only, for cfg.seconds each; print and draw what each learned."""
+    problems, runs, rows = load_problems("mult", cfg.digits), {}, []
+    for name, changes in WAYS.items():
+        out = f"{cfg.out}/reason/{re.sub('[^a-z0-9]+', '-', name).strip('-')}"
+        one = reason.Config(digits=cfg.digits, out=out, seconds=cfg.seconds, max_steps=10**6, sample_every=100, seed=cfg.seeds[0], device=cfg.device, **changes)
+        facts = reason.problem_facts(one, problems)
+        reason.train_diffusion(one, facts, problems, device)
+        runs[name] = Path(out) / "diffusion"
+        thinker, seconds = reason.load_thinker(reason.stage_config(one, "diffusion"), runs[name] / "last.pt", device)
+        split = thinker.encode(problems.question_test[: cfg.score_n], problems.thoughts_test[: cfg.score_n])
+        rows.append((name, thinker.model, seconds, *(thinker.score(split, one.seed, steps=steps)["answer"] for steps in (1, 8))))
+        if not changes:
+            plain, default = one, thinker
+    for stage in ("chain", "answer"):
+        baseline = reason.train_baseline(plain, facts, stage, default, problems, cfg.seconds, device)
+        answers = baseline.chains(reason.questions(baseline.tokens, facts, split.questions, device))
+        right = metrics.score_chains(answers, [chain if stage == "chain" else chain[-1:] for chain in split.thoughts])["answer"]
+        runs[f"GPT-2, {stage}"] = Path(plain.out) / stage
+        rows.append((f"GPT-2, {stage}", baseline.model, load_checkpoint(runs[f"GPT-2, {stage}"] / "last.pt", reason.Config.kind)["seconds"], math.nan, right))
+    print(f"\n| way | M parameters | steps in {cfg.seconds:g} s | seconds to 90% | right answers, 1 evaluation a thought | 8 evaluations |\n|---|---|---|---|---|---|")
+    for name, model, seconds, one, eight in rows:
+        log = list(csv.DictReader(open(runs[name] / "eval.csv")))
+        there = next((r["seconds"] for r in log if float(r["answer"]) >= 0.9), "-")
+        print(f"| {name} | {sum(p.numel() for p in model.parameters()) / 1e6:.2f} | {log[-1]['step']} | {there} | {'-' if math.isnan(one) else f'{one:.3f}'} | {eight:.3f} |")
+    print("wrote", reason.learning_curves(runs, Path(cfg.out) / "reason/curves.png"))
+
+
 def compare(title: str, sides: dict, cfg: Config, device, scale: float = 1.0) -> None:
     """Print the seconds of two sides, those of the second times `scale`, and their ratio, round by round."""
     took = interleaved(sides, cfg.rounds, device)
@@ -320,6 +366,9 @@ def main(cfg: Config) -> None:
     if cfg.what == "text":
         print(f"{device}, {torch.get_num_threads()} threads, {platform.machine()}; torch {version('torch')}, transformers {version('transformers')}; {cfg.rounds} interleaved rounds\n")
         return text(cfg, device)
+    if cfg.what == "reason":
+        print(f"mult {cfg.digits}, n={cfg.score_n}, seed {cfg.seeds[0]}; {device}, {torch.get_num_threads()} threads, {platform.machine()}; torch {version('torch')}\n")
+        return reasoning(cfg, device)
     images = load_images(cfg.dataset, cfg.data_dir)
     if images.x.shape[1] != 1 or images.x.shape[-1] % 4 or images.x.shape[-1] != images.x.shape[-2]:
         raise UserError(f"the peers are set up for one channel and square images of a side divisible by 4, got {tuple(images.x.shape[1:])}; choose another --dataset")

@@ -441,7 +441,7 @@ class Block(nn.Module):
     def __init__(self, D: int, heads: int):
         super().__init__()
         self.heads, self.qkv, self.out = heads, nn.Linear(D, 3 * D), nn.Linear(D, D)
-        self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(approximate="tanh"), nn.Linear(4 * D, D))
+        self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
         self.ada = zero(nn.Linear(D, 6 * D))
 
     def forward(self, h: Tensor, emb: Tensor, mask, group=slice(None), past=None):

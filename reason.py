@@ -57,12 +57,12 @@ class Config:
     weight: Literal["plain", "min-snr", "elbo"] = "plain"  # weight of a step's loss: min-snr for gaussian, elbo for masked, plain for both
     self_condition: float = 0.0  # share of steps in which the denoiser sees its first guess
     snapshot: float = 0.0  # multi: share of training chains whose earlier thoughts are the model's own guesses of them
-    width: int = 192  # width of the denoiser
+    width: int = 128  # width of the denoiser
     depth: int = 4  # blocks of the denoiser
     # -- optimisation --
-    max_steps: int = 10_000  # optimizer steps
+    max_steps: int = 2000  # optimizer steps
     batch_size: int = 256  # problems of a step
-    lr: float = 1e-3  # AdamW's learning rate after warm-up
+    lr: float = 2e-3  # AdamW's learning rate after warm-up
     warmup: int = 200  # steps of linear warm-up
     ema_decay: float = 0.999  # upper limit of the EMA's decay; it ramps as (1 + step) / (10 + step)
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the networks; auto: bf16 where the hardware has it
@@ -353,11 +353,9 @@ class Thinker:
 
     def chains(self, x0: Tensor) -> list[list[str]]:
         """The thoughts of chains x0 (B, up to k, d), each chain up to its answer."""
-        texts = zip(*(self.codec.decode(x) for x in x0.split(self.layout.slots[: self.layout_slots(x0)], dim=1)))
-        return [until_answer(list(chain)) for chain in texts]
-
-    def layout_slots(self, x0: Tensor) -> int:
-        return next(i for i in range(1, self.layout.n + 1) if sum(self.layout.slots[:i]) >= x0.shape[1])
+        starts = [sum(self.layout.slots[:i]) for i in range(self.layout.n)]
+        texts = (self.codec.decode(x0[:, a : a + w]) for a, w in zip(starts, self.layout.slots) if a < x0.shape[1])
+        return [until_answer(list(chain)) for chain in zip(*texts)]
 
     def score(self, split: Split, seed: int, **changes) -> dict:
         """Scores of the split's questions under the sampling settings `changes`."""
@@ -417,7 +415,7 @@ def stage_config(cfg: Config, stage: str) -> Config:
     return dataclasses.replace(cfg, out=f"{cfg.out}/{stage}", max_steps=min(steps, cfg.max_steps))
 
 
-def train(cfg: Config, model: nn.Module, loss, n: int, facts: dict, device, evaluate=None, seconds: float = math.inf, extra=None) -> nn.Module:
+def train(cfg: Config, model: nn.Module, loss, n: int, facts: dict, device, evaluate, seconds: float = math.inf, extra=None) -> nn.Module:
     """Train model in cfg.out on loss(run.model, step, batch) until max_steps or so many seconds; return its EMA.
 
     evaluate(EMA): scores of held-out problems; they are printed, and kept with the training seconds in eval.csv.
@@ -431,20 +429,23 @@ def train(cfg: Config, model: nn.Module, loss, n: int, facts: dict, device, eval
         rows = path.read_text().splitlines()[1:] if run.resumed and path.exists() else []
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(["step,seconds,answer,chain", *(r for r in rows if int(r.split(",")[0]) <= run.step), ""]))
-    for step, batch in run.steps(n):
+
+    def note() -> None:
+        took = run.seconds + time.perf_counter() - run.logged[1] if run.step % cfg.log_every else run.seconds
+        with run.pause():
+            scores = evaluate(run.ema.module)
+            print(f"step {run.step}, {took:.0f} s: answer {scores['answer']:.3f}, chain {scores['chain']:.3f}, thoughts " + " ".join(f"{a:.2f}" for a in scores["thoughts"]), flush=True)
+            with open(path, "a", newline="") as file:
+                csv.writer(file).writerow([run.step, f"{took:.3f}", scores["answer"], scores["chain"]])
+
+    for step, batch in run.steps(n, seconds):
         with autocast(device, cfg.precision):
             value = loss(run.model, batch)
         run.update(value)
-        if step % cfg.sample_every == 0 or step == cfg.max_steps:
-            took = run.seconds + time.perf_counter() - run.logged[1]
-            with run.pause():
-                if evaluate and run.main:
-                    scores = evaluate(run.ema.module)
-                    print(f"step {step}, {took:.0f} s: answer {scores['answer']:.3f}, chain {scores['chain']:.3f}, thoughts " + " ".join(f"{a:.2f}" for a in scores["thoughts"]), flush=True)
-                    with open(path, "a", newline="") as file:
-                        csv.writer(file).writerow([step, f"{took:.1f}", scores["answer"], scores["chain"]])
-            if took > seconds:
-                break
+        if step % cfg.sample_every == 0 and run.main:
+            note()
+    if run.step % cfg.sample_every and run.main:
+        note()
     run.extra["done"] = True
     run.save()
     if run.main:
@@ -639,7 +640,12 @@ def rate(work, n: int) -> float:
 
 
 def score(cfg: Config, thinker: Thinker, problems: Problems, out: Path, seconds: float) -> None:
-    """Print the scores of the chains at 1 to 64 evaluations a thought, of a vote, and of the autoregressive baselines."""
+    """Print the scores of the chains at 1 to 64 evaluations a thought, of a vote, and of the autoregressive baselines, which are trained for so many seconds."""
+    baselines = {}
+    for stage in ("chain", "answer") if cfg.compare else ():  # by all processes
+        baselines[stage] = train_baseline(dataclasses.replace(cfg, out=str(out.parent)), thinker.facts, stage, thinker, problems, seconds, thinker.device)
+    if not is_main():
+        return
     device, n = thinker.device, min(cfg.score_n, len(problems.question_test))
     split = thinker.encode(problems.question_test[:n], problems.thoughts_test[:n])
     print(f"score: n={n} test problems, seed {cfg.seed}; {device}, {torch.get_num_threads()} threads; trained {seconds:.0f} s")
@@ -662,15 +668,13 @@ def score(cfg: Config, thinker: Thinker, problems: Problems, out: Path, seconds:
         elected = [metrics.majority([metrics.answer_of(c) for c in chains]) for chains in zip(*runs)]
         right = sum(a is not None and a == metrics.answer_of(b) for a, b in zip(elected, split.thoughts)) / n
         print(f"  vote of {cfg.votes} at {cfg.vote_temperature:g}      answer {right:.3f}")
-    if not cfg.compare:
-        return
-    for stage in ("chain", "answer"):
-        baseline = train_baseline(dataclasses.replace(cfg, out=str(out.parent)), thinker.facts, stage, thinker, problems, seconds, device)
+    for stage, baseline in baselines.items():
         q = questions(baseline.tokens, thinker.facts, split.questions, device)
         truth = split.thoughts if stage == "chain" else [chain[-1:] for chain in split.thoughts]
         scores = metrics.score_chains(baseline.chains(q), truth)
         row(f"GPT-2, {stage}", scores, rate(lambda: baseline.chains(q), n), rate(lambda: [baseline.chains(q[i : i + 1]) for i in range(len(few))], len(few)))
-    print("wrote", learning_curves({stage: out.parent / stage for stage in ("diffusion", "chain", "answer")}, out.parent / "curves.png"))
+    if cfg.compare:
+        print("wrote", learning_curves({stage: out.parent / stage for stage in ("diffusion", "chain", "answer")}, out.parent / "curves.png"))
 
 
 def learning_curves(runs: dict[str, Path], path: Path) -> Path:
@@ -701,11 +705,15 @@ def correct(cfg: Config, facts: dict, problems: Problems, device) -> None:
     """The experiment on self-correction: one thought of a true chain is spoilt; how often is the answer right all the same, with and without snapshots?"""
     if cfg.passes == "single":
         raise UserError("--stage correct spoils a thought and lets the later ones follow: it needs --passes multi")
-    results, n = {}, min(cfg.score_n, len(problems.question_test))
-    for snapshot in (0.0, cfg.snapshot or 0.5):
-        one = dataclasses.replace(cfg, snapshot=snapshot, out=f"{cfg.out}/snapshot{snapshot:g}")
+    runs = {s: dataclasses.replace(cfg, snapshot=s, out=f"{cfg.out}/snapshot{s:g}") for s in (0.0, cfg.snapshot or 0.5)}
+    for one in runs.values():
         if not finished(stage_config(one, "diffusion")):
             train_diffusion(one, facts, problems, device)
+        wait()
+    if not is_main():
+        return
+    results, n = {}, min(cfg.score_n, len(problems.question_test))
+    for snapshot, one in runs.items():
         thinker, _ = load_thinker(stage_config(one, "diffusion"), Path(one.out) / "diffusion/last.pt", device)
         chosen = [i for i, chain in enumerate(problems.thoughts_test) if len(chain) > 1 and any(c.isdigit() for c in chain[0])][:n]
         split = thinker.encode([problems.question_test[i] for i in chosen], [problems.thoughts_test[i] for i in chosen])
@@ -767,10 +775,12 @@ def main(cfg: Config) -> None:
             print(f"{cfg.dataset}: {len(problems.question)} training and {len(problems.question_test)} test problems; {problems.question[0]} -> {' | '.join(problems.thoughts[0])}")
             train_diffusion(cfg, facts, problems, device)
         wait()
-    if cfg.stage in ("all", "score") and is_main():
+    if cfg.stage in ("all", "score"):
         thinker, seconds = load_thinker(stage_config(cfg, "diffusion"), path, device)
-        show(path.parent, "focus", focus(thinker, problems.question_test[0]))
+        if is_main():
+            show(path.parent, "focus", focus(thinker, problems.question_test[0]))
         score(cfg, thinker, problems, path.parent, seconds)
+    if cfg.stage in ("all", "score") and is_main():
         print(f"sample again: python reason.py --sample_from {shlex.quote(str(path))} --prompt {shlex.quote(problems.question_test[0])}")
 
 

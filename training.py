@@ -7,6 +7,7 @@ import csv
 import functools
 import gc
 import json
+import math
 import os
 import signal
 import sys
@@ -213,8 +214,9 @@ class Run:
     def main(self) -> bool:
         return is_main()
 
-    def steps(self, n: int):
-        """Yield (step, indices of this process's part of the batch) for n samples; log, save and stop at signals in between."""
+    def steps(self, n: int, seconds: float = math.inf):
+        """Yield (step, indices of this process's part of the batch) for n samples, until max_steps, or the first line of the log after so
+        many training seconds; log, save and stop at signals in between."""
         cfg, local, signals = self.cfg, self.cfg.batch_size // self.world, []
 
         def on_signal(number, _):
@@ -229,7 +231,7 @@ class Run:
         bar = tqdm(total=cfg.max_steps, initial=self.step, unit="step", disable=not (self.main and sys.stderr.isatty()), dynamic_ncols=True)
         self.logged = (self.step, time.perf_counter())
         try:
-            while self.step < cfg.max_steps:
+            while self.step < cfg.max_steps and self.seconds < seconds:
                 self.step += 1
                 part = slice(self.rank * local, (self.rank + 1) * local)
                 indices = batch_indices(n, cfg.batch_size, cfg.seed, self.step)[part].to(self.device)
@@ -239,6 +241,7 @@ class Run:
                 last, stop = self.step == cfg.max_steps, 0
                 if self.step % cfg.log_every == 0 or last or (signals and self.world == 1):
                     stop = self._log(bar, signals[0] if signals else 0)
+                    last = last or self.seconds >= seconds
                 if self.step % cfg.save_every == 0 or last or stop:
                     self.save()
                 if stop and not last:
@@ -300,18 +303,18 @@ class Run:
             raise UserError(f"the loss or the gradient of step {step} is not finite; {self.out / 'last.pt'} keeps the last good state, if any: lower --lr, then --resume")
 
     def _log(self, bar, stop: int) -> int:
-        """Read the losses since the last log, write them down, and return the signal that some process got, or 0: all agree on it."""
+        """Read the losses since the last log, write them down, and return the signal that some process got, or 0: all agree on it, and on the seconds."""
         self._check_finite()
         losses = torch.stack(self.losses).mean().cpu() if self.losses else torch.zeros(())
-        state, signals = torch.tensor(losses.item(), device=self.device), torch.tensor(stop, device=self.device)
-        if self.world > 1:
-            dist.all_reduce(state)
-            dist.all_reduce(signals, op=dist.ReduceOp.MAX)
-        state, stop = state.item() / self.world, int(signals)
         step, start = self.logged
         now = time.perf_counter()
+        state = torch.tensor(losses.item(), device=self.device)
+        shared = torch.tensor([stop, self.seconds + now - start], dtype=torch.float64, device=self.device if self.device.type != "mps" else "cpu")
+        if self.world > 1:
+            dist.all_reduce(state)
+            dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        state, stop, self.seconds = state.item() / self.world, int(shared[0]), shared[1].item()
         self.losses, self.logged = [], (self.step, now)
-        self.seconds += now - start
         rate = (self.step - step) / (now - start)
         if self.main:
             with open(self.out / "log.csv", "a", newline="") as file:

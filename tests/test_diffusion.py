@@ -367,3 +367,168 @@ def test_guess_of_x0_takes_a_step_for_each_sample():
         together = process.predict_x0(out, xt, torch.tensor([1, 20, 45]))
         for i, step in enumerate((1, 20, 45)):
             torch.testing.assert_close(together[i], process.predict_x0(out[i], xt[i], step), rtol=1e-4, atol=1e-5)
+
+
+# -- the masked process and chains of thoughts --------------------------------------------------------------------------
+
+
+def one_hot(*shape, V=5, seed=0):
+    return torch.nn.functional.one_hot(torch.randint(V, shape, generator=rng(seed)), V).float()
+
+
+def test_masks_fall_at_the_rate_of_the_step():
+    process, x0 = diffusion.Masked(100), one_hot(4000, 10)
+    for t in (1, 30, 100):
+        xt = process.q_sample(x0, torch.full((4000,), t))
+        assert abs((~xt.any(-1)).float().mean() - t / 100) < 0.01
+        assert torch.equal(xt[xt.any(-1)], x0[xt.any(-1)])
+
+
+def test_elbo_of_a_denoiser_that_knows_nothing_is_log_V_a_token():
+    """MDLM eq. 10: with uniform logits every masked token costs log V, and E[masked T/t] = 1."""
+    torch.manual_seed(0)
+    x0, nothing = one_hot(20_000, 8), lambda xt, t, y: torch.zeros_like(xt)
+    assert abs(diffusion.Masked(1000, "elbo").loss(nothing, x0) / math.log(5) - 1) < 0.03
+    assert abs(diffusion.Masked(1000, "plain").loss(nothing, x0) / math.log(5) - 0.5) < 0.01
+
+
+class Knows(torch.nn.Module):
+    """A denoiser that knows x0, surest at the position `first`, and counts how often it is asked."""
+
+    def __init__(self, x0, first=0):
+        super().__init__()
+        self.x0, self.first, self.p, self.seen = x0, first, torch.nn.Parameter(torch.zeros(())), []
+
+    def forward(self, xt, t, y, *guess):
+        self.seen.append(xt)
+        sure = torch.full(self.x0.shape[1:2], 3.0)
+        sure[self.first] = 9.0
+        return self.x0 * sure[:, None]
+
+
+@pytest.mark.parametrize("sampler", ["confident", "random"])
+@pytest.mark.parametrize("steps", [1, 3, 6, 64])
+def test_masked_sampling_ends_in_what_the_denoiser_knows(sampler, steps):
+    model = Knows(one_hot(7, 6))
+    states = [xt for _, xt, _ in diffusion.Masked(64).trajectory(model, (7, 6, 5), sampler=sampler, steps=steps, generator=rng())]
+    assert torch.equal(states[-1], model.x0)
+    assert len(model.seen) == (min(steps, 6) if sampler == "confident" else steps)
+    known = [xt.any(-1) for xt in model.seen] + [states[-1].any(-1)]
+    assert not known[0].any() and all((a <= b).all() for a, b in zip(known, known[1:]))  # what is known stays
+
+
+def test_the_surest_token_comes_first_and_temperature_draws():
+    model = Knows(one_hot(3, 6), first=4)
+    _, xt, _ = next(diffusion.Masked(60).trajectory(model, (3, 6, 5), steps=6))
+    assert torch.equal(xt.any(-1), torch.arange(6).expand(3, 6) == 4)
+    uniform = Knows(torch.zeros(2000, 6, 5))
+    draws = diffusion.Masked(60).sample(uniform, (2000, 6, 5), steps=3, temperature=1.0, generator=rng())
+    assert (draws.mean((0, 1)) - 0.2).abs().max() < 0.02 and torch.equal(draws.sum(-1), torch.ones(2000, 6))
+
+
+def test_sampling_can_start_from_a_noised_x0():
+    x0 = one_hot(50, 6)
+    model = Knows(one_hot(50, 6, seed=1))
+    first = next(diffusion.Masked(60).trajectory(model, x0.shape, steps=6, start=(x0, 30), generator=rng()))[1]
+    kept = model.seen[0].any(-1)
+    assert torch.equal(kept.sum(1), torch.full((50,), 3)) and torch.equal(first[kept], x0[kept])
+    process, gauss = Diffusion(alpha_bar_cosine(100)), torch.randn(4000, 2, generator=rng())
+    t, xt = {}, {}
+
+    def spy(x, t_, y):
+        t.setdefault(0, t_), xt.setdefault(0, x)
+        return torch.zeros_like(x)
+
+    process.sample(spy, gauss.shape, start=(gauss, 40), sampler="ddim", steps=10, generator=rng(3))
+    assert t[0].unique().item() == 40
+    assert abs(torch.corrcoef(torch.stack([xt[0].flatten(), gauss.flatten()]))[0, 1] - process.a[40]) < 0.02
+
+
+def test_token_prediction_is_a_softmax_and_its_loss_a_cross_entropy():
+    torch.manual_seed(0)
+    process, x0 = Diffusion(alpha_bar_cosine(100), "token", "plain"), one_hot(64, 6)
+    assert process.loss(lambda xt, t, y: 100 * x0, x0) < 1e-6
+    assert abs(process.loss(lambda xt, t, y: 0 * xt, x0) - math.log(5)) < 1e-5
+    torch.testing.assert_close(process.sample(lambda xt, t, y: 100 * x0, x0.shape, sampler="ddim", steps=5), x0)
+
+
+def two_thoughts(seed=0, count=None, depth=2):
+    """A Transformer and a chain as reason.py lays it out: two thoughts of 3 and 2 positions, a question of 4, the first thought clean."""
+    torch.manual_seed(seed)
+    block, of = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 0, 0, 1, 1, -1, -1, -1, -1, 0, 0, 0])
+    noised = torch.arange(12) < 5
+    see = torch.where(noised[None], noised[:, None] & (of[:, None] == of), torch.where(noised[:, None], of < of[:, None], of <= of[:, None]))[None]
+    position = torch.cat([torch.arange(4, 9), torch.arange(7)])
+    model = Transformer(5, 32, depth, d_context=5, places=9)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)  # adaLN-zero would let nothing through
+    question, x0 = one_hot(2, 4), one_hot(2, 5, seed=1)
+    chain = lambda q, r: diffusion.Chain(block, torch.cat([q, r[:, :3]], 1), position, see, count=count)
+    return model.eval(), question, x0, chain
+
+
+def test_a_thought_sees_the_question_and_the_clean_thoughts_before_and_nothing_else():
+    model, q, x0, chain = two_thoughts()
+    t, xt = torch.tensor([[3, 50], [7, 20]]), torch.randn(2, 5, 5, generator=rng())
+    out = model(xt, t, chain(q, x0))
+    other = xt.clone()
+    other[:, 3:] += 1
+    assert torch.equal(model(other, t, chain(q, x0))[:, :3], out[:, :3])  # not the noised thought after
+    other = xt.clone()
+    other[:, :3] += 1
+    torch.testing.assert_close(model(other, t, chain(q, x0))[:, 3:], out[:, 3:])  # not the noise of the one before
+    assert torch.equal(model(xt, t, chain(q, 1 - x0))[:, :3], out[:, :3])  # not its own clean version
+    assert not torch.allclose(model(xt, t, chain(q, 1 - x0))[:, 3:], out[:, 3:], atol=1e-3)  # but the clean one before
+    assert (model(xt, t, chain(1 - q, x0)) - out).abs().amax((0, 2)).min() > 1e-3  # and all see the question
+    moved = model(xt, torch.tensor([[3, 60], [7, 20]]), chain(q, x0))
+    assert torch.equal(moved[:, :3], out[:, :3]) and not torch.allclose(moved[0, 3:], out[0, 3:], atol=1e-4)  # each thought has its own t
+
+
+@pytest.mark.parametrize("timeless", [False, True])
+def test_cached_thoughts_are_the_same_as_the_whole_sequence(timeless):
+    model, q, x0, chain = two_thoughts()
+    t, xt = torch.tensor([[3, 50], [7, 20]]), torch.randn(2, 5, 5, generator=rng())
+    whole = model(xt, None if timeless else t, chain(q, x0))
+    ones = lambda n, m: torch.ones(1, n, m, dtype=torch.bool)
+    past = model.remember(q, torch.arange(4), ones(4, 4), [])
+    first = diffusion.Chain(torch.zeros(3, dtype=torch.long), q[:, :0], torch.arange(4, 7), ones(3, 7), past)
+    torch.testing.assert_close(model(xt[:, :3], None if timeless else t[:, :1], first), whole[:, :3], rtol=1e-5, atol=1e-5)
+    past = model.remember(x0[:, :3], torch.arange(4, 7), ones(3, 7), past)
+    second = diffusion.Chain(torch.zeros(2, dtype=torch.long), q[:, :0], torch.arange(7, 9), ones(2, 9), past)
+    torch.testing.assert_close(model(xt[:, 3:], None if timeless else t[:, 1:], second), whole[:, 3:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("process", [diffusion.Masked(100), Diffusion(alpha_bar_cosine(100), "token", "plain"), Diffusion(alpha_bar_cosine(100), "v")])
+def test_positions_that_do_not_count_never_do(process):
+    """Their errors change nothing; those of the others do."""
+    count = torch.tensor([[True] * 3 + [False] * 2, [True] * 5])
+    _, q, x0, chain = two_thoughts(count=count)
+
+    def loss(wrong):
+        torch.manual_seed(1)
+        return process.loss(lambda xt, t, y: wrong, x0, chain(q, x0))
+
+    base = torch.randn(2, 5, 5, generator=rng())
+    padded, real = base.clone(), base.clone()
+    padded[0, 3:] += 7 * torch.randn(2, 5, generator=rng(1))
+    real[1, 3:] += 7 * torch.randn(2, 5, generator=rng(1))
+    assert torch.equal(loss(padded), loss(base)) and abs(loss(real) - loss(base)) > 1e-3
+
+
+def test_every_thought_draws_its_own_step():
+    _, q, x0, chain = two_thoughts()
+    t, spread = diffusion.draw_t(100, x0.repeat(500, 1, 1), chain(q, x0))
+    assert t.shape == (1000, 2) and torch.equal(spread, t[:, [0, 0, 0, 1, 1]]) and (t[:, 0] != t[:, 1]).float().mean() > 0.9
+
+
+def test_masked_transformer_overfits_one_batch_of_chains():
+    torch.manual_seed(0)
+    _, q, x0, chain = two_thoughts()
+    model, process = Transformer(5, 32, 2, d_context=5, places=9), diffusion.Masked(50)
+    opt = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(250):
+        opt.zero_grad()
+        process.loss(model, x0, chain(q, x0)).backward()
+        opt.step()
+    assert process.loss(model, x0, chain(q, x0)) < 0.05
+    assert all(p.grad is not None for p in model.parameters())

@@ -1,0 +1,380 @@
+"""reason.py and what it needs of data.py and metrics.py: problems, codecs, chains, the command line, and every mistake that it should name."""
+import csv
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import metrics
+import reason
+from conftest import ROOT
+from data import is_test_problem, load_problems, make_problems, mult_problem, sum_problem
+from training import UserError, load_checkpoint
+
+CPU = torch.device("cpu")
+SMALL = "--width 32 --depth 1 --batch_size 16 --steps 2 --votes 2 --train_n 300".split()
+SUMS = ["--dataset", "sums", "--terms", "3", *SMALL]
+LATENTS = "--codec latents --process gaussian --predict v --k 2 --d 8 --vae_width 32 --vae_depth 1 --vae_steps 3".split()
+
+
+# -- problems -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [4, 5])
+def test_multiplications_are_those_of_the_papers_files(n):
+    path = ROOT.parent / f"shared/data/{n}by{n}_mult/valid.txt"
+    if not path.exists():
+        pytest.skip("the shared data is not here")
+    for line in path.read_text().splitlines():
+        a, b = (int("".join(reversed(factor.split()))) for factor in line.split("||")[0].split(" * "))
+        question, thoughts = mult_problem(a, b, (n, n))
+        assert f"{question}||{' '.join(thoughts)}" == line
+
+
+def test_problems_by_hand():
+    assert mult_problem(321, 45, (3, 2)) == ("1 2 3 * 5 4", ["5 0 6 1", "+ 0 4 8 2 1", "#### 5 4 4 4 1"])
+    assert mult_problem(2365, 4347, (4, 4))[1][1] == "+ 0 0 6 4 9 0 ( 5 5 1 1 1 1 )"
+    assert sum_problem([7, 8, 9], 1) == ("7 + 8 + 9", ["5 1", "#### 4 2"])
+    assert sum_problem([99, 15, 90], 2) == ("9 9 + 5 1 + 0 9", ["4 1 1", "#### 4 0 2"])
+
+
+@pytest.mark.parametrize("task, digits, count", [("sums", (1, 1), 1000), ("adds", (1, 1), 729), ("mult", (2, 1), 810), ("mult", (4, 4), 2500)])
+def test_splits_are_disjoint_repeat_and_hold_no_question_twice(task, digits, count):
+    problems = make_problems(task, digits, 3, 500)
+    train, test = set(problems.question), set(problems.question_test)
+    assert len(train) == len(problems.question) == 500 and len(test) == len(problems.question_test) and not train & test
+    assert count <= 1000 and abs(len(test) - count / 10) < 40 or len(test) == 2000
+    assert problems == make_problems(task, digits, 3, 500)
+    assert set(make_problems(task, digits, 3, 800).question).isdisjoint(q for q in test if is_test_problem(q))
+
+
+GSM = [dict(question=f"Tom has {i} pens and buys {j}. How many?", answer=f"He has {i}+{j}=<<{i}+{j}={i + j}>>{i + j}.\nThat is all.\n#### {i + j:,}") for i in range(60, 70) for j in range(995, 999)]
+
+
+def write_gsm(path, rows=GSM):
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    return path
+
+
+def test_gsm8k_in_both_forms_and_from_a_folder_and_a_txt(tmp_path):
+    path = write_gsm(tmp_path / "gsm.jsonl")
+    equations, text = load_problems(str(path)), load_problems(str(path), form="text")
+    assert equations.thoughts[0][0].startswith("<<6") and equations.thoughts[0][1].startswith("#### 1,0") and len(equations.thoughts[0]) == 2
+    assert text.thoughts[0][0].startswith("He has 6") and "<<" not in text.thoughts[0][0] and text.thoughts[0][1] == "That is all."
+    assert len(equations.question) + len(equations.question_test) == 40 and not set(equations.question) & set(equations.question_test)
+    write_gsm(tmp_path / "train.jsonl", GSM[:30]), write_gsm(tmp_path / "test.jsonl", GSM[25:])
+    folder = load_problems(str(tmp_path))
+    assert len(folder.question_test) == 15 and len(folder.question) == 25  # what both hold is only tested
+    (tmp_path / "valid.txt").write_text("".join(f"Tom has {i} pens?||<<16-3-4={i}>> <<9*2=18>> #### {i}\n" for i in range(40)))
+    assert load_problems(str(tmp_path / "valid.txt")).thoughts[0][:2] == ["<<16-3-4=0>>", "<<9*2=18>>"]
+
+
+def test_shared_gsm8k_fits():
+    folder = ROOT.parent / "shared/data/gsm8k"
+    if not folder.exists():
+        pytest.skip("the shared data is not here")
+    problems = load_problems(str(folder))
+    assert len(problems.question_test) == 660 and not set(problems.question) & set(problems.question_test)
+    facts = reason.problem_facts(reason.Config(dataset=str(folder)), problems)
+    assert facts["varies"] and len(facts["widths"]) == 1 + max(map(len, problems.thoughts + problems.thoughts_test))
+
+
+# -- scores -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chain, answer", [
+    (["<<1+2=3>>", "#### 3"], "3"), (["#### 1,234"], "1234"), (["#### -5 "], "-5"), (["#### 8 3 0"], "830"), (["  #### 7"], "7"), (["#### 0.5"], "0.5"),
+    ([], None), (["3"], None), (["####"], None), (["#### 3", "4"], None), (["### 3"], None), (["3 #### 3"], None), ([""], None),
+])  # fmt: skip
+def test_answers_are_read_or_missing(chain, answer):
+    assert metrics.answer_of(chain) == answer
+
+
+def test_majority_vote():
+    assert metrics.majority(["3", "4", "4", None, None, None]) == "4"
+    assert metrics.majority(["3", "4"]) == "3" and metrics.majority([None, None]) is None and metrics.majority([]) is None
+
+
+def test_scores_of_chains_count_malformed_ones_as_wrong():
+    truth = [["1 2", "3", "#### 4"]] * 5
+    chains = [["12", "3", "#### 4"], ["1 2", "7", "#### 4"], ["1 2", "3"], [], ["#### 4"]]
+    scores = metrics.score_chains(chains, truth)
+    assert scores["answer"] == 0.6 and scores["chain"] == 0.2 and scores["unended"] == 0.4
+    assert scores["thoughts"] == [0.6, 0.4, 0.4]
+
+
+# -- codecs -------------------------------------------------------------------------------------------------------------
+
+
+def test_tokens_come_back():
+    bare, full = reason.Tokens("#*0123456789" + reason.ANSWER), reason.Tokens(" #0123456789<=>+" + reason.ANSWER)
+    for codec, texts in [(bare, ["1 2 3 * 5", "#### 9", ""]), (full, ["<<1 + 2=3>>", "#### 3", "", "a".replace("a", "7  8")])]:
+        ids = codec.encode(texts, 12)
+        assert codec.decode(codec.vectors(ids)) == texts
+        noisy = codec.vectors(ids) + 0.3 * torch.rand(len(texts), 12, codec.d, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(codec.snap(noisy), codec.vectors(ids))
+    with pytest.raises(UserError, match="13 characters, but this model takes at most 12"):
+        full.encode(["1" * 13], 12)
+    with pytest.raises(UserError, match="has 'x'"):
+        full.encode(["x"], 12)
+
+
+def test_draw_draws_by_the_probabilities():
+    torch.manual_seed(0)
+    p = torch.tensor([0.0, 0.7, 0.3]).expand(4000, 1, 3)
+    assert (reason.Tokens("ab").draw(p).mean((0, 1)) - p[0, 0]).abs().max() < 0.03
+
+
+@pytest.fixture(scope="module")
+def varied(tmp_path_factory):
+    """A thinker, untrained but random, for chains of different lengths, and its problems."""
+    path = write_gsm(tmp_path_factory.mktemp("gsm") / "gsm.jsonl", [row | dict(answer=row["answer"].replace("\n#", f"\n<<1+{i}={i + 1}>>\n#") if i % 2 else row["answer"]) for i, row in enumerate(GSM)])
+    cfg = reason.Config(dataset=str(path), width=32, depth=1, steps=3)
+    problems = load_problems(str(path))
+    torch.manual_seed(0)
+    thinker = reason.build(cfg, reason.problem_facts(cfg, problems), {}, CPU)
+    for p in thinker.model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return thinker, problems
+
+
+def test_the_question_is_never_noised_and_padding_never_counts(varied):
+    thinker, problems = varied
+    split = thinker.encode(problems.question, problems.thoughts)
+    assert set(split.count.tolist()) == {2, 3}
+    contexts = []
+
+    def spy(xt, t, y, *guess):
+        contexts.append(y.context[:, : thinker.layout.q])
+        return thinker.model(xt, t, y, *guess)
+
+    def loss(q, r):
+        torch.manual_seed(3)
+        return thinker.process.loss(spy, *thinker.layout.chain(thinker.codec, q, r, split.count))
+
+    base = loss(split.q, split.r)
+    assert torch.equal(contexts[0], thinker.codec.vectors(split.q))
+    assert torch.equal(contexts[0][split.q >= 0].argmax(-1), split.q[split.q >= 0])
+    q, r = split.q.clone(), split.r.clone()
+    q[split.q < 0] = 5  # padding of the question, were it a letter, is hidden all the same ...
+    known = reason.known
+    reason.known = lambda _: split.q >= 0
+    try:
+        torch.testing.assert_close(loss(q, r), base)
+    finally:
+        reason.known = known
+    r[~(thinker.layout.thought < split.count[:, None])] = 5  # ... and so is a thought that a chain does not have
+    torch.testing.assert_close(loss(split.q, r), base)
+    r[:, 0] = 5
+    assert abs(loss(split.q, r) - base) > 1e-3
+
+
+def test_a_batch_thinks_what_each_question_thinks_alone(varied):
+    thinker, problems = varied
+    q = thinker.encode(problems.question[:4], problems.thoughts[:4]).q
+    alone = torch.cat([thinker.think(q[i : i + 1], 0) for i in range(4)])
+    assert torch.equal(thinker.think(q, 0), alone)
+
+
+def test_given_thoughts_stay_and_steps_end_in_the_chain(varied):
+    thinker, problems = varied
+    split = thinker.encode(problems.question[:4], problems.thoughts[:4])
+    x0 = thinker.codec.vectors(split.r)
+    given = list(thinker.layout.cut(x0))[:1]
+    assert torch.equal(thinker.think(split.q, 0, given)[:, : thinker.layout.slots[0]], given[0])
+    *_, (last, states) = thinker.steps(split.q, 0)
+    assert last == thinker.layout.n - 1 and torch.equal(states, thinker.think(split.q, 0))
+    assert thinker.chains(x0) == [[t for t in chain] for chain in problems.thoughts[:4]]
+
+
+def test_baselines_chains_come_back_from_their_targets(varied):
+    thinker, problems = varied
+    sums = load_problems("sums", terms=3, n=50)
+    for facts, thoughts in [(thinker.facts, problems.thoughts), (reason.problem_facts(reason.Config(dataset="sums", terms=3), sums), sums.thoughts)]:
+        for stage in ("chain", "answer"):
+            target = reason.gpt_targets(reason.Tokens(facts["alphabet"]), facts, thoughts, stage)
+            chains = reason.gpt_chains(reason.Tokens(facts["alphabet"]), facts, target.tolist(), stage)
+            assert chains == [chain if stage == "chain" else chain[-1:] for chain in thoughts]
+    assert reason.gpt_chains(reason.Tokens("1"), dict(alphabet="1", varies=True, widths=[1, 1]), [[2], [1, 1]], "chain") == [[], ["1 1"]]  # nothing, and no end
+
+
+# -- learning -----------------------------------------------------------------------------------------------------------
+
+LEARN = "--dataset sums --terms 2 --width 64 --depth 2 --batch_size 64 --lr 3e-3 --warmup 20 --no-compare --stage diffusion --sample_every 400 --log_every 100".split()
+
+
+@pytest.mark.parametrize("flags", [
+    ["--max_steps", 1500], ["--max_steps", 1500, "--passes", "single"], ["--max_steps", 1500, "--process", "gaussian", "--self_condition", 0.5],
+    ["--max_steps", 2500, "--codec", "latents", "--process", "gaussian", "--predict", "x0", "--k", 2, "--d", 16, "--vae_width", 64, "--vae_depth", 1, "--vae_steps", 400],
+], ids=["masked", "single-pass", "gaussian", "latents"])  # fmt: skip
+def test_a_tiny_task_is_learned_by_heart(flags, tmp_path, cli):
+    """Sums of two digits, all that training has: each codec, process and pass mode answers all of them."""
+    status, printed = cli("reason", *LEARN, *flags, "--out", tmp_path)
+    assert status == 0, printed
+    cfg = reason.Config(**load_checkpoint(tmp_path / "diffusion/last.pt", "reason")["config"])
+    thinker, _ = reason.load_thinker(cfg, tmp_path / "diffusion/last.pt", CPU)
+    problems = load_problems("sums", terms=2)
+    scores = thinker.score(thinker.encode(problems.question, problems.thoughts), 0)
+    assert scores["answer"] == scores["chain"] == 1.0, scores
+
+
+# -- the script ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a small run, all stages, and what it printed."""
+    out = tmp_path_factory.mktemp("run") / "sums"
+    command = ["reason.py", *SUMS, "--out", out, "--max_steps", 20, "--sample_every", 10, "--score_n", 20]
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_a_run_writes_and_prints_what_it_says(trained):
+    out, printed = trained
+    for name in ("config.json", "log.csv", "eval.csv", "curve.png", "last.pt", "samples/focus.txt"):
+        assert (out / "diffusion" / name).stat().st_size > 50, name
+    assert (out / "curves.png").stat().st_size > 5000
+    rows = list(csv.DictReader(open(out / "diffusion/eval.csv")))
+    assert [int(r["step"]) for r in rows] == [10, 20] and 0 < float(rows[0]["seconds"]) < float(rows[1]["seconds"])
+    for part in ("diffusion, 1 steps", "diffusion, 64 steps", "vote of 2", "GPT-2, chain", "GPT-2, answer", "full batch", "one by one", "unended", "n=20"):
+        assert part in printed, part
+    focus = (out / "diffusion/samples/focus.txt").read_text().splitlines()
+    assert focus[0].startswith("question  ") and "_" in focus[1] and "_" not in focus[-1]
+
+
+def test_finished_stages_are_loaded(trained, cli, monkeypatch):
+    out, _ = trained
+    monkeypatch.setattr(reason, "train", None)
+    status, printed = cli("reason", *SUMS, "--out", out, "--max_steps", 20, "--score_n", 20)
+    assert status == 0 and "is finished: loaded" in printed and "GPT-2, chain" in printed, printed
+    status, printed = cli("reason", *SUMS, "--out", out, "--max_steps", 20, "--depth", 2)
+    assert status == 2 and "--depth 2" in printed and "trained with 1" in printed
+
+
+def test_score_from_prints_the_rows_of_the_run_and_flags_override(trained, cli):
+    out, first = trained
+    status, printed = cli("reason", "--score_from", out / "diffusion/last.pt")
+    bare = lambda text: [line.split("  full batch")[0] for line in text.splitlines() if line.startswith("  ") and "answer" in line]
+    assert status == 0 and bare(printed) == bare(first) and len(bare(first)) == 11
+    status, printed = cli("reason", "--score_from", out / "diffusion/last.pt", "--score_n", 7, "--no-compare")
+    assert status == 0 and "n=7" in printed and "GPT-2" not in printed
+
+
+def test_sampling_needs_only_the_checkpoint(trained, cli, monkeypatch, tmp_path):
+    out, _ = trained
+    monkeypatch.setattr(reason, "load_problems", None)
+    status, printed = cli("reason", "--sample_from", out / "diffusion/last.pt", "--prompt", "3 + 4 + 5", "--out", tmp_path)
+    assert status == 0 and "question  3 + 4 + 5" in printed and "chain     " in printed
+    for prompt in ("3 + 4", "3 + 44 + 5", "3 * 4 * 5", "x"):
+        status, printed = cli("reason", "--sample_from", out / "diffusion/last.pt", "--prompt", prompt)
+        assert status == 2 and "looks like '7 + 7 + 7'" in printed, printed
+
+
+@pytest.mark.parametrize("flags", [[], LATENTS])
+def test_interrupted_and_resumed_ends_with_the_same_bits(flags, tmp_path, cli):
+    command = [*SUMS, *flags, "--save_every", 2, "--sample_every", 3, "--stage", "diffusion"]
+    assert cli("reason", *command, "--max_steps", 6, "--out", tmp_path / "whole")[0] == 0
+    assert cli("reason", *command, "--max_steps", 4, "--out", tmp_path / "half")[0] == 0
+    checkpoint = load_checkpoint(tmp_path / "half/diffusion/last.pt", "reason")
+    torch.save(checkpoint | dict(extra=checkpoint["extra"] | dict(done=False)), tmp_path / "half/diffusion/last.pt")  # as if killed
+    assert cli("reason", *command, "--max_steps", 6, "--resume", "--out", tmp_path / "half")[0] == 0
+    a, b = (load_checkpoint(tmp_path / f"{name}/diffusion/last.pt", "reason") for name in ("whole", "half"))
+    assert a["step"] == b["step"] == 6 and all(torch.equal(a["ema"][k], b["ema"][k]) for k in a["ema"])
+
+
+def test_snapshots_stand_in_the_context_but_not_in_the_target(monkeypatch, tmp_path, cli):
+    seen = []
+    chain = reason.Layout.chain
+
+    def spy(self, codec, q, r, count, snapshots=None):
+        x0, y = chain(self, codec, q, r, count, snapshots)
+        if snapshots is not None:
+            seen.append(((x0 == codec.vectors(r)).all(), (y.context[:, self.q :] != x0[:, : self.c]).any((1, 2)).float().mean()))
+        return x0, y
+
+    monkeypatch.setattr(reason.Layout, "chain", spy)
+    assert cli("reason", *SUMS, "--snapshot", 0.5, "--max_steps", 20, "--stage", "diffusion", "--out", tmp_path)[0] == 0
+    assert len(seen) == 20 and all(same for same, _ in seen) and 0.2 < sum(share for _, share in seen) / 20 < 0.6
+
+
+def test_the_experiment_on_self_correction(tmp_path, cli):
+    status, printed = cli("reason", *SUMS, "--stage", "correct", "--max_steps", 3, "--score_n", 20, "--out", tmp_path)
+    assert status == 0, printed
+    for name in ("snapshot 0   ", "snapshot 0.5 "):
+        assert sum(line.startswith(name) for line in printed.splitlines()) == 2  # nothing spoilt, thought 1 spoilt
+    assert (tmp_path / "correct.png").stat().st_size > 5000 and "second round" in printed
+
+
+def test_one_digit_is_spoilt():
+    import random
+
+    rng = random.Random(0)
+    for _ in range(50):
+        bad = reason.spoil(None, "+ 0 4 8 ( 1 )", rng)
+        differ = [i for i, (a, b) in enumerate(zip("+ 0 4 8 ( 1 )", bad)) if a != b]
+        assert len(differ) == 1 and bad[differ[0]].isdigit()
+
+
+def test_latents_and_gsm8k_run(tmp_path, cli):
+    path = write_gsm(tmp_path / "gsm.jsonl")
+    for flags in ([], ["--passes", "single"], ["--process", "gaussian", "--form", "text"], LATENTS):
+        status, printed = cli("reason", "--dataset", path, *SMALL, *flags, "--max_steps", 2, "--score_n", 5, "--out", tmp_path / f"out{len(flags)}")
+        assert status == 0 and "GPT-2, answer" in printed, printed
+
+
+def test_two_processes(tmp_path):
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "reason.py", *SUMS, "--out", tmp_path, "--max_steps", 2, "--stage", "diffusion"]
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and load_checkpoint(tmp_path / "diffusion/last.pt", "reason")["step"] == 2, done.stderr
+
+
+@pytest.mark.parametrize("flags, wanted", [
+    (["--lr", "fast"], "lr"), (["--stepz", 3], "stepz"), (["--codec", "words"], "words"), (["--steps", 0], "steps must be in [1, 1000], got 0"),
+    (["--digits", 0, 2], "digits must be two numbers in 1..8, got (0, 2)"), (["--digits", 3], "digits"), (["--terms", 1], "terms must be in [2"),
+    (["--codec", "latents"], "has no tokens to mask"), (["--codec", "latents", "--process", "gaussian"], "add --process gaussian --predict v"),
+    (["--weight", "min-snr"], "--weight min-snr is not one of --process masked"), (["--sampler", "ddim"], "--sampler ddim is not one of --process masked"),
+    (["--snapshot", 0.5, "--passes", "single"], "needs --passes multi"), (["--dataset", "sudoku"], "no data set 'sudoku'"), (["--dataset", "gsm8k"], "could not be had from the hub"),
+    (["--dataset", "no.txt"], "no file no.txt"), (["--dataset", "sums", "--terms", 2, "--batch_size", 500], "86 training problems, fewer than a batch of 500"),
+    (["--stage", "correct", "--passes", "single"], "needs --passes multi"), (["--sample_from", "no.pt"], "no checkpoint at no.pt"), (["--max_thoughts", 2], "3 thoughts, more than"),
+])  # fmt: skip
+def test_mistake_is_one_message_and_status_2(flags, wanted, tmp_path, cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, printed = cli("reason", *flags)
+    assert status == 2 and "Traceback" not in printed, printed
+    assert wanted in " ".join(printed.replace("│", " ").split()), printed
+
+
+@pytest.mark.parametrize("rows, wanted", [
+    (GSM[:3] + [dict(question="How?", answer="I do not know.")], "row 4: no '#### number'"), (GSM[:3] + [dict(question="", answer="#### 3")], "row 4: question is ''"),
+    ([dict(prompt="x", answer="#### 3")], "question is None"), (GSM + [dict(question="x" * 1001, answer="#### 3")], "has 1001 characters"),
+    (GSM[:1], "both must be at least 1"),
+])  # fmt: skip
+def test_file_with_a_mistake_is_named(rows, wanted, tmp_path, cli):
+    status, printed = cli("reason", "--dataset", write_gsm(tmp_path / "gsm.jsonl", rows), *SMALL, "--out", tmp_path / "out")
+    assert status == 2 and wanted in printed and "gsm" in printed, printed
+
+
+def test_checkpoints_that_do_not_fit_are_refused(trained, cli, tmp_path):
+    out, _ = trained
+    for flags, wanted in [(["--codec", "latents", "--process", "gaussian", "--predict", "v"], "--codec latents, but"), (["--width", 64], "--width 64, but"), (["--terms", 4], "--terms 4, but")]:
+        status, printed = cli("reason", "--score_from", out / "diffusion/last.pt", *flags)
+        assert status == 2 and wanted in printed, printed
+    status, printed = cli("reason", "--score_from", out / "chain/last.pt")
+    assert status == 2 and "checkpoint of a chain" in printed
+    status, printed = cli("reason", *SUMS, "--out", out, "--max_steps", 30, "--terms", 4)
+    assert status == 2 and "--terms 4" in printed
+
+
+def test_help_shows_every_field_with_its_own_comment(cli):
+    status, printed = cli("reason", "--help")
+    text = "".join(printed.replace("│", " ").split())
+    assert status == 0
+    for field in dataclasses.fields(reason.Config):
+        assert f"--{field.name}" in text, field.name
+        comment = next(line for line in (ROOT / "reason.py").read_text().splitlines() if line.startswith(f"    {field.name}: ")).split("  # ")[1]
+        assert "".join(comment.split())[:40] in text, field.name
