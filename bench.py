@@ -330,7 +330,7 @@ def reasoning(cfg: Config, device) -> None:
     problems, runs, rows = load_problems("mult", cfg.digits), {}, []
     for name, changes in WAYS.items():
         out = f"{cfg.out}/reason/{re.sub('[^a-z0-9]+', '-', name).strip('-')}"
-        one = reason.Config(digits=cfg.digits, out=out, seconds=cfg.seconds, max_steps=10**6, sample_every=100, seed=cfg.seeds[0], device=cfg.device, **changes)
+        one = reason.Config(digits=cfg.digits, out=out, seconds=cfg.seconds, max_steps=10**6, sample_every=100, log_every=10, seed=cfg.seeds[0], device=cfg.device, **changes)
         facts = reason.problem_facts(one, problems)
         reason.train_diffusion(one, facts, problems, device)
         runs[name] = Path(out) / "diffusion"

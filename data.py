@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from training import UserError, reason
@@ -485,3 +486,53 @@ def load_problems(dataset: str, digits: tuple[int, int] = (3, 2), terms: int = 4
     if not all(splits.values()):
         raise UserError(f"{path.name} has {len(splits['train'])} training and {len(splits['test'])} test problems: both must be at least 1; give more rows")
     return Problems(*(list(part) for split in ("train", "test") for part in zip(*splits[split])))
+
+
+END = 0  # fills a thought up to its slot
+ANSWER = "\x01"  # the one character that "####" becomes
+
+
+class Tokens:
+    """One one-hot vector for each character; of generated tasks (`bare`) without the spaces, which the alphabet then lacks."""
+
+    def __init__(self, alphabet: str):
+        self.alphabet, self.bare, self.d = alphabet, " " not in alphabet, len(alphabet) + 1
+
+    def length(self, longest: int) -> int:
+        return longest
+
+    def plain(self, text: str) -> str:
+        """The text as its characters are counted."""
+        text = text.replace("####", ANSWER)
+        return text.replace(" ", "") if self.bare else text
+
+    def encode(self, texts: list[str], longest: int, fill: int = END) -> Tensor:
+        """Ids (N, longest), filled up with END. Raises UserError for a text that is too long, or has a character that the alphabet lacks."""
+        ids = torch.full((len(texts), longest), fill)
+        for row, text in zip(ids, texts):
+            plain = self.plain(text)
+            if len(plain) > longest:
+                raise UserError(f"{text[:60]!r} has {len(plain)} characters, but this model takes at most {longest}: shorten it")
+            if strange := set(plain) - set(self.alphabet):
+                raise UserError(f"{text[:60]!r} has {', '.join(map(repr, sorted(strange)))}, of which the training problems knew nothing: write it with {self.alphabet[:40]!r}")
+            row[: len(plain)] = torch.tensor([self.alphabet.index(c) + 1 for c in plain])
+        return ids
+
+    def vectors(self, ids: Tensor) -> Tensor:
+        return F.one_hot(ids.clamp(min=0), self.d).float()
+
+    def snap(self, x0: Tensor) -> Tensor:
+        return self.vectors(x0.argmax(-1))
+
+    def draw(self, x0: Tensor) -> Tensor:
+        """As snap, but tokens are drawn where x0 holds probabilities."""
+        p = x0.clamp(min=0) + 1e-6
+        return self.vectors(torch.multinomial(p.flatten(0, -2), 1).view(p.shape[:-1]))
+
+    def text(self, ids: list[int]) -> str:
+        ids = ids[: ids.index(END)] if END in ids else ids
+        text = [self.alphabet[i - 1].replace(ANSWER, "####") for i in ids if 0 < i < self.d]
+        return " ".join(text) if self.bare else "".join(text)
+
+    def decode(self, x0: Tensor) -> list[str]:
+        return [self.text(row) for row in x0.argmax(-1).tolist()]

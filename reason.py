@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metrics
-from data import TASKS, Problems, load_problems
+from data import ANSWER, END, TASKS, Problems, Tokens, load_problems
 from diffusion import SCHEDULES, Chain, Diffusion, Masked, Transformer, noise_shift
 from training import Run, UserError, autocast, finished, is_main, load_checkpoint, load_weights, pick_device, run_script, wait
-from vae import Reader, TextVAE, small_backbones, small_gpt
+from vae import QuestionGPT, TextVAE, small_backbones, small_gpt
 
 
 @dataclass(frozen=True)
@@ -126,56 +126,7 @@ class Config:
 
 # -- codecs: texts to vectors and back ----------------------------------------------------------------------------------
 # A codec has d, the width of a vector; length(longest), the vectors of a text of at most `longest` characters; encode(texts, longest), what is
-# stored of each; vectors(stored), x0 (B, length, d); snap(x0), the nearest vectors that stand for a text; decode(x0), the texts.
-
-END = 0  # fills a thought up to its slot
-ANSWER = "\x01"  # the one character that "####" becomes
-
-
-class Tokens:
-    """One one-hot vector for each character; of generated tasks (`bare`) without the spaces, which the alphabet then lacks."""
-
-    def __init__(self, alphabet: str):
-        self.alphabet, self.bare, self.d = alphabet, " " not in alphabet, len(alphabet) + 1
-
-    def length(self, longest: int) -> int:
-        return longest
-
-    def plain(self, text: str) -> str:
-        """The text as its characters are counted."""
-        text = text.replace("####", ANSWER)
-        return text.replace(" ", "") if self.bare else text
-
-    def encode(self, texts: list[str], longest: int, fill: int = END) -> Tensor:
-        """Ids (N, longest), filled up with END. Raises UserError for a text that is too long, or has a character that the alphabet lacks."""
-        ids = torch.full((len(texts), longest), fill)
-        for row, text in zip(ids, texts):
-            plain = self.plain(text)
-            if len(plain) > longest:
-                raise UserError(f"{text[:60]!r} has {len(plain)} characters, but this model takes at most {longest}: shorten it")
-            if strange := set(plain) - set(self.alphabet):
-                raise UserError(f"{text[:60]!r} has {', '.join(map(repr, sorted(strange)))}, of which the training problems knew nothing: write it with {self.alphabet[:40]!r}")
-            row[: len(plain)] = torch.tensor([self.alphabet.index(c) + 1 for c in plain])
-        return ids
-
-    def vectors(self, ids: Tensor) -> Tensor:
-        return F.one_hot(ids.clamp(min=0), self.d).float()
-
-    def snap(self, x0: Tensor) -> Tensor:
-        return self.vectors(x0.argmax(-1))
-
-    def draw(self, x0: Tensor) -> Tensor:
-        """As snap, but tokens are drawn where x0 holds probabilities."""
-        p = x0.clamp(min=0) + 1e-6
-        return self.vectors(torch.multinomial(p.flatten(0, -2), 1).view(p.shape[:-1]))
-
-    def text(self, ids: list[int]) -> str:
-        ids = ids[: ids.index(END)] if END in ids else ids
-        text = [self.alphabet[i - 1].replace(ANSWER, "####") for i in ids if 0 < i < self.d]
-        return " ".join(text) if self.bare else "".join(text)
-
-    def decode(self, x0: Tensor) -> list[str]:
-        return [self.text(row) for row in x0.argmax(-1).tolist()]
+# stored of each; vectors(stored), x0 (B, length, d); snap(x0), the nearest vectors that stand for a text; decode(x0), the texts. The other codec is data.Tokens.
 
 
 class Latents:
@@ -315,7 +266,8 @@ class Thinker:
 
     @torch.no_grad()
     def steps(self, q: Tensor, seed: int, given=(), start: tuple[Tensor, int] | None = None):
-        """Yield (thought i, x0 of the thoughts so far (B, ..., d)) after every step of the chains of stored questions q (B, q, ...).
+        """Yield (thought i, x0 of the thoughts so far (B, ..., d)) after every step of the chains of stored questions q (B, q, ...), until all have
+        an answer; at last x0 of the whole chains.
 
         given: x0 of the first thoughts, kept as they are. start: x0 (B, k, d) of whole chains and the step t to which they are noised to
         begin from. What is finished is read once, and then only its keys and values are used.
@@ -339,7 +291,9 @@ class Thinker:
                     x0 = codec.snap(xt)
             done.append(x0)
             new, at, seen = x0, at + width, see
-        yield i, torch.cat(done, dim=1)
+            if self.facts["varies"] and all("####" in chain[-1] for chain in self.chains(torch.cat(done, dim=1))):
+                break
+        yield i, F.pad(torch.cat(done, dim=1), (0, 0, 0, layout.q + layout.k - at))  # what lies behind all answers is never read
 
     def think(self, q: Tensor, seed: int, given=(), start=None) -> Tensor:
         """x0 (B, k, d) of chains for stored questions q (B, q, ...), 1,000 at a time; see `steps`."""
@@ -394,19 +348,6 @@ def build_vae(cfg: Config, facts: dict, device) -> TextVAE:
     return TextVAE(*small_backbones(vocab, cfg.vae_width, cfg.vae_depth, longest + cfg.k + 1), cfg.k, cfg.d, END, noise=cfg.latent_noise, p_max=0.0).to(device)
 
 
-class QuestionGPT(Reader):
-    """The autoregressive baseline: a GPT-2 that reads a question's ids (B, q), -1 for padding, and writes a chain; its end token is the last of its vocabulary."""
-
-    def __init__(self, decoder):
-        super().__init__(decoder, nn.Identity(), decoder.config.vocab_size - 1)
-
-    def read(self, q: Tensor) -> Tensor:
-        return self.decoder.transformer.wte(q.where(q >= 0, self.eos))
-
-    def forward(self, q: Tensor, target: Tensor) -> Tensor:
-        return self.cross_entropy(self.read(q), target)
-
-
 # -- training -----------------------------------------------------------------------------------------------------------
 
 
@@ -431,7 +372,7 @@ def train(cfg: Config, model: nn.Module, loss, n: int, facts: dict, device, eval
         path.write_text("\n".join(["step,seconds,answer,chain", *(r for r in rows if int(r.split(",")[0]) <= run.step), ""]))
 
     def note() -> None:
-        took = run.seconds + time.perf_counter() - run.logged[1] if run.step % cfg.log_every else run.seconds
+        took = run.seconds + time.perf_counter() - run.logged[1]  # those up to the last line of the log, and since
         with run.pause():
             scores = evaluate(run.ema.module)
             print(f"step {run.step}, {took:.0f} s: answer {scores['answer']:.3f}, chain {scores['chain']:.3f}, thoughts " + " ".join(f"{a:.2f}" for a in scores["thoughts"]), flush=True)
@@ -548,26 +489,18 @@ def questions(tokens: Tokens, facts: dict, texts: list[str], device) -> Tensor:
     return tokens.encode(texts, facts["widths"][0], -1).to(device)
 
 
-def load_baseline(cfg: Config, facts: dict, stage: str, size: int, problems: Problems, device) -> tuple[Baseline, Config]:
-    """The baseline of a stage with about `size` parameters, untrained, and its configuration."""
-    cfg, tokens = stage_config(cfg, stage), Tokens(facts["alphabet"])
-    longest = gpt_targets(tokens, facts, problems.thoughts, stage).shape[1]
-    torch.manual_seed(cfg.seed)
-    model = QuestionGPT(small_gpt(tokens.d + 1, cfg.width, max(1, round(size / (12 * cfg.width**2))), facts["widths"][0] + longest + 1)).to(device)
-    return Baseline(facts, stage, model, tokens, longest, cfg.precision), cfg
-
-
 def train_baseline(cfg: Config, facts: dict, stage: str, thinker: Thinker, problems: Problems, seconds: float, device) -> Baseline:
-    """The trained baseline of a stage, of the thinker's size; it is trained for so many seconds, or loaded where it has been."""
-    size = sum(p.numel() for p in thinker.model.parameters())
-    baseline, cfg = load_baseline(cfg, facts, stage, size, problems, device)
-    cfg = dataclasses.replace(cfg, max_steps=10**6)
+    """The trained baseline of a stage, of about the thinker's size; it is trained for so many seconds, or loaded where it has been."""
+    cfg, tokens, size = dataclasses.replace(stage_config(cfg, stage), max_steps=10**6), Tokens(facts["alphabet"]), sum(p.numel() for p in thinker.model.parameters())
+    target = gpt_targets(tokens, facts, problems.thoughts, stage).to(device)
+    torch.manual_seed(cfg.seed)
+    decoder = small_gpt(tokens.d + 1, cfg.width, max(1, round(size / (12 * cfg.width**2))), facts["widths"][0] + target.shape[1] + 1)
+    baseline = Baseline(facts, stage, QuestionGPT(decoder).to(device), tokens, target.shape[1], cfg.precision)
     if finished(cfg):
         load_weights(baseline.model, load_checkpoint(f"{cfg.out}/last.pt", cfg.kind)["ema"], cfg.out)
         baseline.model.eval()
         return baseline
-    q, target = questions(baseline.tokens, facts, problems.question, device), gpt_targets(baseline.tokens, facts, problems.thoughts, stage).to(device)
-    q_test, truth = questions(baseline.tokens, facts, problems.question_test[:200], device), problems.thoughts_test[:200]
+    q, q_test, truth = questions(tokens, facts, problems.question, device), questions(tokens, facts, problems.question_test[:200], device), problems.thoughts_test[:200]
     truth = truth if stage == "chain" else [chain[-1:] for chain in truth]
     evaluate = lambda model: metrics.score_chains(dataclasses.replace(baseline, model=model).chains(q_test), truth)
     cfg = dataclasses.replace(cfg, resume=cfg.resume and (Path(cfg.out) / "last.pt").exists())

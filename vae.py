@@ -99,6 +99,19 @@ class LabelGPT(Reader):
         return self.cross_entropy(self.read(y), target)
 
 
+class QuestionGPT(Reader):
+    """The autoregressive baseline: a GPT-2 that reads a question's ids (B, q), -1 for padding, and writes a chain; its end token is the last of its vocabulary."""
+
+    def __init__(self, decoder):
+        super().__init__(decoder, nn.Identity(), decoder.config.vocab_size - 1)
+
+    def read(self, q: Tensor) -> Tensor:
+        return self.decoder.transformer.wte(q.where(q >= 0, self.eos))
+
+    def forward(self, q: Tensor, target: Tensor) -> Tensor:
+        return self.cross_entropy(self.read(q), target)
+
+
 class TextVAE(Reader):
     """Encoder, k codes (the first k states of the encoder, projected to width d), decoder that reads them as an embedded prefix.
 

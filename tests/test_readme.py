@@ -5,13 +5,14 @@ import shlex
 import subprocess
 import sys
 
-from conftest import ROOT, SMALL_TEXT, TINY
+from conftest import ROOT, SMALL_REASON, SMALL_TEXT, TINY
 
 README = (ROOT / "README.md").read_text()
 SIZE = {
     "imagen.py": [*TINY, "--max_steps", "2", "--score_n", "40"],
     "textgen.py": [*SMALL_TEXT, "--max_steps", "2", "--score_n", "8"],
-    "bench.py": "--rounds 1 --round_steps 1 --seconds 0.2 --seeds 0 --score_n 40 --dataset digits --batch_size 8 --base_batch 1".split(),
+    "reason.py": [*SMALL_REASON, "--max_steps", "2", "--score_n", "8"],
+    "bench.py": "--digits 2 1 --rounds 1 --round_steps 1 --seconds 0.2 --seeds 0 --score_n 40 --dataset digits --batch_size 8 --base_batch 1".split(),
 }
 
 
@@ -39,7 +40,7 @@ def test_every_command_runs(tmp_path, fake_fashionmnist):
             assert words[0] in ("python", "torchrun"), f"a command that this test does not know: {command}"
             script = next(w for w in words if w.endswith(".py"))
             size = [] if "_from" in command else list(SIZE[script])
-            if script != "textgen.py" and "_from" not in command and "digits" not in command:
+            if script in ("imagen.py", "bench.py") and "_from" not in command and "digits" not in command:
                 size += ["--data_dir", str(fake_fashionmnist)]
             size += ["--dataset", "fashionmnist"] * ("mnist" in words) + ["--dataset", str(reviews)] * ("tripadvisor" in words)  # nothing is downloaded
             words = [str(ROOT / w) if w == script else w for w in words[1:]] + size
