@@ -122,6 +122,8 @@ class Config:
             raise ValueError("--snapshot is about earlier thoughts: it needs --passes multi")
         if self.sample_from and self.score_from:
             raise ValueError("choose one of sample_from and score_from")
+        if self.prompt and not self.sample_from:
+            raise ValueError("--prompt is answered from a checkpoint: add --sample_from out/NAME/diffusion/last.pt")
 
 
 # -- codecs: texts to vectors and back ----------------------------------------------------------------------------------
@@ -356,14 +358,14 @@ def stage_config(cfg: Config, stage: str) -> Config:
     return dataclasses.replace(cfg, out=f"{cfg.out}/{stage}", max_steps=min(steps, cfg.max_steps))
 
 
-def train(cfg: Config, model: nn.Module, loss, n: int, facts: dict, device, evaluate, seconds: float = math.inf, extra=None) -> nn.Module:
-    """Train model in cfg.out on loss(run.model, step, batch) until max_steps or so many seconds; return its EMA.
+def train(cfg: Config, model: nn.Module, loss, n: int, facts: dict, device, evaluate, extra=None) -> nn.Module:
+    """Train model in cfg.out on loss(run.model, batch) until cfg.max_steps or cfg.seconds; return its EMA.
 
     evaluate(EMA): scores of held-out problems; they are printed, and kept with the training seconds in eval.csv.
     """
     if n < cfg.batch_size:
         raise UserError(f"{n} training problems, fewer than a batch of {cfg.batch_size}: give more, or a smaller --batch_size")
-    run = Run(cfg, model, device, facts, extra=(extra or {}) | dict(done=False))
+    run = Run(cfg, model, device, facts, extra)
     path = Path(cfg.out) / "eval.csv"
     if run.main:
         print(f"{cfg.out}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {n} training problems; {device}, {run.world} process(es)", flush=True)
@@ -379,7 +381,7 @@ def train(cfg: Config, model: nn.Module, loss, n: int, facts: dict, device, eval
             with open(path, "a", newline="") as file:
                 csv.writer(file).writerow([run.step, f"{took:.3f}", scores["answer"], scores["chain"]])
 
-    for step, batch in run.steps(n, seconds):
+    for step, batch in run.steps(n, cfg.seconds or math.inf):
         with autocast(device, cfg.precision):
             value = loss(run.model, batch)
         run.update(value)
@@ -387,8 +389,6 @@ def train(cfg: Config, model: nn.Module, loss, n: int, facts: dict, device, eval
             note()
     if run.step % cfg.sample_every and run.main:
         note()
-    run.extra["done"] = True
-    run.save()
     if run.main:
         print(f"trained {run.seconds:.0f} s; wrote {run.curve()}", flush=True)
     return run.ema.module.eval()
@@ -435,7 +435,7 @@ def train_diffusion(cfg: Config, facts: dict, problems: Problems, device) -> Non
         return process.loss(model, x0, y)
 
     evaluate = lambda model: dataclasses.replace(thinker, model=model).score(test, cfg.seed)
-    train(cfg, thinker.model, loss, len(split.q), facts | dict(stage="diffusion"), device, evaluate, cfg.seconds or math.inf, extra)
+    train(cfg, thinker.model, loss, len(split.q), facts | dict(stage="diffusion"), device, evaluate, extra)
 
 
 def gpt_targets(tokens: Tokens, facts: dict, thoughts: list[list[str]], stage: str) -> Tensor:
@@ -491,7 +491,7 @@ def questions(tokens: Tokens, facts: dict, texts: list[str], device) -> Tensor:
 
 def train_baseline(cfg: Config, facts: dict, stage: str, thinker: Thinker, problems: Problems, seconds: float, device) -> Baseline:
     """The trained baseline of a stage, of about the thinker's size; it is trained for so many seconds, or loaded where it has been."""
-    cfg, tokens, size = dataclasses.replace(stage_config(cfg, stage), max_steps=10**6), Tokens(facts["alphabet"]), sum(p.numel() for p in thinker.model.parameters())
+    cfg, tokens, size = dataclasses.replace(stage_config(cfg, stage), max_steps=10**6, seconds=seconds), Tokens(facts["alphabet"]), sum(p.numel() for p in thinker.model.parameters())
     target = gpt_targets(tokens, facts, problems.thoughts, stage).to(device)
     torch.manual_seed(cfg.seed)
     decoder = small_gpt(tokens.d + 1, cfg.width, max(1, round(size / (12 * cfg.width**2))), facts["widths"][0] + target.shape[1] + 1)
@@ -503,8 +503,8 @@ def train_baseline(cfg: Config, facts: dict, stage: str, thinker: Thinker, probl
     q, q_test, truth = questions(tokens, facts, problems.question, device), questions(tokens, facts, problems.question_test[:200], device), problems.thoughts_test[:200]
     truth = truth if stage == "chain" else [chain[-1:] for chain in truth]
     evaluate = lambda model: metrics.score_chains(dataclasses.replace(baseline, model=model).chains(q_test), truth)
-    cfg = dataclasses.replace(cfg, resume=cfg.resume and (Path(cfg.out) / "last.pt").exists())
-    baseline.model = train(cfg, baseline.model, lambda model, batch: model(q[batch], target[batch]), len(q), facts | dict(stage=stage), device, evaluate, seconds)
+    cfg = dataclasses.replace(cfg, resume=(Path(cfg.out) / "last.pt").exists())
+    baseline.model = train(cfg, baseline.model, lambda model, batch: model(q[batch], target[batch]), len(q), facts | dict(stage=stage), device, evaluate)
     return baseline
 
 

@@ -156,7 +156,7 @@ def finished(cfg) -> bool:
     for name in cfg.fixed:
         if checkpoint["config"][name] != getattr(cfg, name):
             raise UserError(f"--{name} {getattr(cfg, name)}, but {path} was trained with {checkpoint['config'][name]}: keep it, or choose another --out")
-    return checkpoint["step"] >= cfg.max_steps or checkpoint["extra"].get("done", False)
+    return checkpoint["step"] >= cfg.max_steps or 0 < getattr(cfg, "seconds", 0) <= checkpoint["seconds"]
 
 
 def load_weights(model: nn.Module, weights: dict, path) -> None:

@@ -178,6 +178,25 @@ def test_a_batch_thinks_what_each_question_thinks_alone(varied):
     assert torch.equal(thinker.think(q, 0), alone)
 
 
+@pytest.mark.parametrize("passes", ["multi", "single"])
+def test_training_and_sampling_ask_the_same_thing(varied, passes):
+    """The logits for a thought still all masked, given the true ones before: in the one pass of training, and from the cache of sampling."""
+    thinker, problems = varied
+    torch.manual_seed(0)
+    thinker = reason.build(dataclasses.replace(thinker.cfg, passes=passes, steps=1, precision="fp32"), thinker.facts, {}, CPU)
+    for p in thinker.model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    long = [i for i, t in enumerate(problems.thoughts) if len(t) == 3][:3]
+    split = thinker.encode([problems.question[i] for i in long], [problems.thoughts[i] for i in long])
+    x0, y = thinker.layout.chain(thinker.codec, split.q, split.r, split.count)
+    trained, asked, forward = thinker.model(torch.zeros_like(x0), None, y), [], thinker.model.forward
+    thinker.model.forward = lambda *args: asked.append(forward(*args)) or asked[-1]
+    given = list(thinker.layout.cut(x0))[:-1]
+    for _ in thinker.steps(split.q, 0, given):
+        pass
+    torch.testing.assert_close(asked[0], thinker.layout.cut(trained)[-1], rtol=1e-4, atol=1e-4)
+
+
 def test_thinking_ends_when_every_chain_has_its_answer(varied, monkeypatch):
     thinker, problems = varied
     q = thinker.encode(problems.question[:4], problems.thoughts[:4]).q
@@ -288,11 +307,19 @@ def test_interrupted_and_resumed_ends_with_the_same_bits(flags, tmp_path, cli):
     command = [*SUMS, *flags, "--save_every", 2, "--sample_every", 3, "--stage", "diffusion"]
     assert cli("reason", *command, "--max_steps", 6, "--out", tmp_path / "whole")[0] == 0
     assert cli("reason", *command, "--max_steps", 4, "--out", tmp_path / "half")[0] == 0
-    checkpoint = load_checkpoint(tmp_path / "half/diffusion/last.pt", "reason")
-    torch.save(checkpoint | dict(extra=checkpoint["extra"] | dict(done=False)), tmp_path / "half/diffusion/last.pt")  # as if killed
     assert cli("reason", *command, "--max_steps", 6, "--resume", "--out", tmp_path / "half")[0] == 0
     a, b = (load_checkpoint(tmp_path / f"{name}/diffusion/last.pt", "reason") for name in ("whole", "half"))
     assert a["step"] == b["step"] == 6 and all(torch.equal(a["ema"][k], b["ema"][k]) for k in a["ema"])
+
+
+def test_a_training_ends_after_its_seconds_and_goes_on_when_given_more(tmp_path, cli):
+    command = [*SUMS, "--stage", "diffusion", "--max_steps", 100_000, "--log_every", 5, "--out", tmp_path]
+    assert cli("reason", *command, "--seconds", 0.5)[0] == 0
+    first = load_checkpoint(tmp_path / "diffusion/last.pt", "reason")
+    assert 0.5 <= first["seconds"] < 5 and first["step"] < 1000 and first["step"] % 5 == 0
+    assert "is finished" in cli("reason", *command, "--seconds", 0.5)[1]
+    assert cli("reason", *command, "--seconds", first["seconds"] + 0.5, "--resume")[0] == 0
+    assert load_checkpoint(tmp_path / "diffusion/last.pt", "reason")["step"] > first["step"]
 
 
 def test_snapshots_stand_in_the_context_but_not_in_the_target(monkeypatch, tmp_path, cli):
@@ -342,7 +369,7 @@ def test_two_processes(tmp_path):
 
 
 @pytest.mark.parametrize("flags, wanted", [
-    (["--lr", "fast"], "lr"), (["--stepz", 3], "stepz"), (["--codec", "words"], "words"), (["--steps", 0], "steps must be in [1, 1000], got 0"),
+    (["--prompt", "1 + 1"], "add --sample_from"), (["--lr", "fast"], "lr"), (["--stepz", 3], "stepz"), (["--codec", "words"], "words"), (["--steps", 0], "steps must be in [1, 1000], got 0"),
     (["--digits", 0, 2], "digits must be two numbers in 1..8, got (0, 2)"), (["--digits", 3], "digits"), (["--terms", 1], "terms must be in [2"),
     (["--codec", "latents"], "has no tokens to mask"), (["--codec", "latents", "--process", "gaussian"], "add --process gaussian --predict v"),
     (["--weight", "min-snr"], "--weight min-snr is not one of --process masked"), (["--sampler", "ddim"], "--sampler ddim is not one of --process masked"),
