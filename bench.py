@@ -11,6 +11,7 @@ unconditional and share the batch, optimizer, learning rate, warm-up, clipping a
 ours runs in bf16 where the hardware has it (but for the row "ours, fp32") while the peers run as they come, in float32.
 """
 import csv
+import dataclasses
 import math
 import multiprocessing
 import platform
@@ -35,7 +36,7 @@ import metrics
 import reason
 import textgen
 from data import Codec, load_images, load_problems, load_texts
-from training import UserError, autocast, batch_indices, ema_ramp, load_checkpoint, pick_device, run_script
+from training import UserError, autocast, batch_indices, ema_ramp, finished, pick_device, run_script
 from vae import TextVAE, corrupt, kl, small_backbones
 
 
@@ -60,6 +61,8 @@ class Config:
     def __post_init__(self):
         if min(self.rounds, self.round_steps, self.batch_size, self.base_batch, len(self.seeds)) < 1 or self.seconds < 0 or self.score_n < 10:
             raise ValueError("rounds, round_steps, batch_size, base_batch and the number of seeds must be at least 1, seconds 0, score_n 10")
+        if self.what == "reason" and (self.seconds <= 0 or min(self.digits) < 1 or max(self.digits) > 8):
+            raise ValueError(f"reason needs seconds above 0 and digits in 1..8, got {self.seconds} and {self.digits}")
 
 
 class Ours:
@@ -326,27 +329,29 @@ WAYS = {  # to diffuse a chain: what each changes of reason.py's defaults
 
 
 def reasoning(cfg: Config, device) -> None:
-    """Train every way of WAYS, and GPT-2 of equal size with its chain and on the answer only, for cfg.seconds each; print and draw what each learned."""
+    """Train every way of WAYS (latents: with its VAE), and GPT-2 of the same width and depth with its chain and on the answer only, for cfg.seconds each;
+    print and draw what each learned. What is finished in the folder already is loaded."""
     problems, runs, rows = load_problems("mult", cfg.digits), {}, []
     for name, changes in WAYS.items():
         out = f"{cfg.out}/reason/{re.sub('[^a-z0-9]+', '-', name).strip('-')}"
         one = reason.Config(digits=cfg.digits, out=out, seconds=cfg.seconds, max_steps=10**6, sample_every=100, log_every=10, seed=cfg.seeds[0], device=cfg.device, **changes)
         facts = reason.problem_facts(one, problems)
-        reason.train_diffusion(one, facts, problems, device)
+        if not finished(reason.stage_config(one, "diffusion")):
+            reason.train_diffusion(dataclasses.replace(one, resume=(Path(out) / "diffusion/last.pt").exists()), facts, problems, device)
         runs[name] = Path(out) / "diffusion"
-        thinker, seconds = reason.load_thinker(reason.stage_config(one, "diffusion"), runs[name] / "last.pt", device)
+        thinker, _ = reason.load_thinker(one, runs[name] / "last.pt", device)
         split = thinker.encode(problems.question_test[: cfg.score_n], problems.thoughts_test[: cfg.score_n])
-        rows.append((name, thinker.model, seconds, *(thinker.score(split, one.seed, steps=steps)["answer"] for steps in (1, 8))))
+        rows.append((name, thinker.model, *(thinker.score(split, one.seed, steps=steps)["answer"] for steps in (1, 8))))
         if not changes:
             plain, default = one, thinker
     for stage in ("chain", "answer"):
-        baseline = reason.train_baseline(plain, facts, stage, default, problems, cfg.seconds, device)
-        answers = baseline.chains(reason.questions(baseline.tokens, facts, split.questions, device))
+        baseline = reason.train_baseline(plain, stage, default, problems, cfg.seconds)
+        answers = baseline.chains(split.questions)
         right = metrics.score_chains(answers, [chain if stage == "chain" else chain[-1:] for chain in split.thoughts])["answer"]
         runs[f"GPT-2, {stage}"] = Path(plain.out) / stage
-        rows.append((f"GPT-2, {stage}", baseline.model, load_checkpoint(runs[f"GPT-2, {stage}"] / "last.pt", reason.Config.kind)["seconds"], math.nan, right))
+        rows.append((f"GPT-2, {stage}", baseline.model, math.nan, right))
     print(f"\n| way | M parameters | steps in {cfg.seconds:g} s | seconds to 90% | right answers, 1 evaluation a thought | 8 evaluations |\n|---|---|---|---|---|---|")
-    for name, model, seconds, one, eight in rows:
+    for name, model, one, eight in rows:
         log = list(csv.DictReader(open(runs[name] / "eval.csv")))
         there = next((r["seconds"] for r in log if float(r["answer"]) >= 0.9), "-")
         print(f"| {name} | {sum(p.numel() for p in model.parameters()) / 1e6:.2f} | {log[-1]['step']} | {there} | {'-' if math.isnan(one) else f'{one:.3f}'} | {eight:.3f} |")

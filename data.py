@@ -467,7 +467,11 @@ def load_problems(dataset: str, digits: tuple[int, int] = (3, 2), terms: int = 4
             if "||" not in line:
                 raise UserError(f"{path}, row {i + 1}: {line[:60]!r} is not of the form question||thoughts #### answer; mend the row or take it out")
         rows = {"train": [dict(zip(("question", "answer"), line.split("||", 1))) for line in lines]}
+    elif path.suffix == ".jsonl" and not path.is_file():
+        raise UserError(f"no file {path}; {OFFLINE_PROBLEMS}")
     elif path.is_dir():
+        if missing := [name for name in ("train.jsonl", "test.jsonl") if not (path / name).is_file()]:
+            raise UserError(f"{path} has no {missing[0]}; {OFFLINE_PROBLEMS}")
         rows = {split: _rows(str(path / f"{split}.jsonl"))["train"] for split in ("train", "test")}
     elif dataset == "gsm8k" or path.suffix == ".jsonl":
         rows = _rows(dataset)
@@ -479,6 +483,8 @@ def load_problems(dataset: str, digits: tuple[int, int] = (3, 2), terms: int = 4
         for i, row in enumerate(rows[split]):
             question, answer = (_text(row.get(column), path.name, split, i, column) for column in ("question", "answer"))
             splits[split].append((question, gsm8k_thoughts(answer, form, f"{path.name}, {split} row {i + 1}")))
+    if form == "equations" and not any(len(thoughts) > 1 for split in splits.values() for _, thoughts in split):
+        raise UserError(f"{path.name} has no <<equation>> in any answer: add --form text to take its lines for thoughts")
     if "test" not in splits:
         splits = {"train": [p for p in splits["train"] if not is_test_problem(p[0])], "test": [p for p in splits["train"] if is_test_problem(p[0])]}
     tested = {question for question, _ in splits["test"]}
@@ -514,7 +520,7 @@ class Tokens:
             if len(plain) > longest:
                 raise UserError(f"{text[:60]!r} has {len(plain)} characters, but this model takes at most {longest}: shorten it")
             if strange := set(plain) - set(self.alphabet):
-                raise UserError(f"{text[:60]!r} has {', '.join(map(repr, sorted(strange)))}, of which the training problems knew nothing: write it with {self.alphabet[:40]!r}")
+                raise UserError(f"{text[:60]!r} has {', '.join(map(repr, sorted(strange)))}, which this model has never seen: write it with {self.alphabet[:40]!r}")
             row[: len(plain)] = torch.tensor([self.alphabet.index(c) + 1 for c in plain])
         return ids
 

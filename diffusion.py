@@ -286,14 +286,14 @@ class Masked(nn.Module):
         B, k, V = shape
         device = next(model.parameters()).device
         rand = lambda *size: torch.rand(size, generator=generator, device=generator.device if generator else device).to(device)
-        ts, xt, guess = [round(self.T * i / steps) for i in range(steps, -1, -1)], torch.zeros(shape, device=device), ()
+        ts, xt, guess, left = [round(self.T * i / steps) for i in range(steps, -1, -1)], torch.zeros(shape, device=device), (), k
         if start:
-            ts = start_from(ts, start[1])
-            xt = start[0].masked_fill((rand(B, k).argsort(1).argsort(1) < round(k * start[1] / self.T))[..., None], 0.0)
-        for t, u in zip(ts[:-1], ts[1:]):
-            left = round(k * u / self.T)  # tokens masked at step u
-            if sampler == "confident" and left == round(k * t / self.T):
+            ts, left = start_from(ts, start[1]), max(1, round(k * start[1] / self.T))
+            xt = start[0].masked_fill((rand(B, k).argsort(1).argsort(1) < left)[..., None], 0.0)
+        for u in ts[1:]:
+            if sampler == "confident" and round(k * u / self.T) >= left:
                 continue
+            left = round(k * u / self.T)  # tokens masked at step u
             logits = model(xt, None, y, *guess).float()
             masked = ~xt.any(-1)  # (B, k)
             gumbel = -(-rand(B, k, V).clamp(min=1e-9).log()).log() if temperature else 0.0

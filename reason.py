@@ -6,13 +6,12 @@
 """
 import csv
 import dataclasses
-import functools
 import math
 import random
 import re
 import shlex
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -45,7 +44,7 @@ class Config:
     d: int = 32  # latents: width of a code
     vae_width: int = 128  # latents: width of the VAE
     vae_depth: int = 2  # latents: blocks of its encoder and decoder
-    vae_steps: int = 3000  # latents: its optimizer steps
+    vae_steps: int = 2000  # latents: its optimizer steps
     latent_noise: float = 0.15  # latents: standard deviation of the noise on the codes that its decoder learns from
     # -- diffusion --
     process: Literal["masked", "gaussian"] = "masked"  # tokens: masked one by one; any codec: Gaussian noise on its vectors
@@ -68,14 +67,14 @@ class Config:
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the networks; auto: bf16 where the hardware has it
     compile: bool = False  # compile the networks with torch.compile
     # -- sampling --
-    sampler: Literal["auto", "confident", "random", "dpm++", "ddim", "ddpm"] = "auto"  # masked: confident or random; gaussian: the others; auto: the first
-    steps: int = 8  # evaluations of the denoiser for each thought
-    temperature: float = 0.0  # of the tokens that are drawn (masked), or of the noise (gaussian)
+    sampler: Literal["auto", "confident", "random", "dpm++", "ddim", "ddpm"] = "auto"  # masked: confident or random; gaussian: the others; auto: confident, or ddim
+    steps: int = 8  # evaluations of the denoiser for each thought; confident: at most one for each of its tokens
+    temperature: float | None = None  # masked: of the tokens that are drawn, 0 the likeliest; gaussian: of the noise; None: 0 and 1
     votes: int = 5  # chains of a majority vote; they are drawn at vote_temperature
     vote_temperature: float = 0.5  # temperature of a vote
-    prompt: str = ""  # sample: a question of your own; empty: questions of the test split
+    prompt: str = ""  # sample: a question of your own; empty: the first of the test split
     score_n: int = 500  # test problems of a score
-    compare: bool = True  # train a GPT-2 of equal size for as long, with its chain and on the answer only
+    compare: bool = True  # train a GPT-2 of the same width and depth for as long, with its chain and on the answer only
     # -- the run --
     stage: Literal["all", "diffusion", "score", "correct"] = "all"  # correct: the experiment on self-correction; a finished stage is loaded
     out: str = ""  # folder of the run; default out/DATASET
@@ -84,7 +83,7 @@ class Config:
     log_every: int = 50  # steps between lines of the log
     sample_every: int = 500  # steps between evaluations
     save_every: int = 500  # steps between checkpoints
-    seconds: float = 0.0  # end a training after so many seconds; 0: after max_steps
+    seconds: float = 0.0  # end a training after so many seconds, if not after max_steps; 0: no limit
     resume: bool = False  # go on with the run in the folder
     sample_from: str = ""  # answer --prompt, or test questions, from this checkpoint of the diffusion
     score_from: str = ""  # score this checkpoint of the diffusion on the test split
@@ -102,12 +101,14 @@ class Config:
 
         need("train_n max_question k d vae_depth vae_steps depth max_steps batch_size votes score_n log_every sample_every save_every", 1)
         need("terms max_thoughts T", 2)
-        need("warmup seconds latent_noise temperature vote_temperature", 0)
+        need("warmup seconds latent_noise vote_temperature", 0)
         need("self_condition snapshot ema_decay", 0, 1)
         need("seed", 0, 2**32)
         need("lr", 1e-9, 1)
         need("shift", 0.01, 100)
         need("steps", 1, self.T)
+        if (self.temperature or 0) < 0:
+            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
         if min(self.digits) < 1 or max(self.digits) > 8:
             raise ValueError(f"digits must be two numbers in 1..8, got {self.digits}")
         if self.width % 16 or self.vae_width % 8:
@@ -128,7 +129,8 @@ class Config:
 
 # -- codecs: texts to vectors and back ----------------------------------------------------------------------------------
 # A codec has d, the width of a vector; length(longest), the vectors of a text of at most `longest` characters; encode(texts, longest), what is
-# stored of each; vectors(stored), x0 (B, length, d); snap(x0), the nearest vectors that stand for a text; decode(x0), the texts. The other codec is data.Tokens.
+# stored of each; vectors(stored), x0 (B, length, d); snap(x0), the nearest vectors that stand for a text; draw(x0), likewise but
+# drawn where x0 holds probabilities; decode(x0), the texts. The other codec is data.Tokens.
 
 
 class Latents:
@@ -155,7 +157,7 @@ class Latents:
         return x0
 
     def decode(self, x0: Tensor) -> list[str]:
-        rows = [row for part in (x0 * self.std + self.mean).split(1024) for row in self.vae.generate(part, self.longest + 1).tolist()]
+        rows = [row for part in (x0 * self.std + self.mean).split(1024) for row in self.vae.generate(part, self.longest).tolist()]
         return [self.tokens.text(row) for row in rows]
 
 
@@ -171,32 +173,34 @@ def vae_ids(tokens: Tokens, texts: list[str], longest: int) -> Tensor:
 class Layout:
     """Where a question and its thoughts stand in the sequence, and which of them see which.
 
-    Each thought has a slot of its own length, the longest of the training split at that place, so that the same place always means the same.
-    widths: characters of the question and of each slot. Multi-pass: a noised thought sees itself, the question and the clean thoughts before
-    it, so that all thoughts of a chain are trained in one pass (block-causal, LaDiR 2510.04573). Single-pass: the slots are one block.
+    Each thought has a slot of its own length, the longest of the data at that place, so that the same place always means the same, and in training
+    its own step t. widths: characters of the question and of each slot. Multi-pass: a noised thought sees itself, the question and the clean
+    thoughts before it, so that all thoughts of a chain are trained in one pass (block-causal). Single-pass: noised thoughts see each other.
     """
 
     def __init__(self, codec, widths: list[int], passes: str, device):
         self.longest, self.q, self.slots = widths, codec.length(widths[0]), [codec.length(w) for w in widths[1:]]
         self.n = len(self.slots)
-        thought = torch.repeat_interleave(torch.arange(self.n), torch.tensor(self.slots))  # (k,) the thought of each position
-        self.block = (thought if passes == "multi" else torch.zeros_like(thought)).to(device)
-        self.thought, self.k, self.places = thought.to(device), len(thought), self.q + len(thought)
-        self.c = self.k - self.slots[-1] if passes == "multi" else 0  # clean positions of earlier thoughts
-        noised, clean = self.q + torch.arange(self.k), torch.arange(self.q + self.c)
-        self.position = torch.cat([noised, clean]).to(device)  # (k + q + c,)
-        of = torch.cat([self.block.cpu(), torch.full((self.q,), -1), self.block[: self.c].cpu()])  # whose: -1 is the question
-        is_noised = torch.arange(len(of)) < self.k
-        row, column = of[:, None], of[None]
-        self.see = torch.where(is_noised[None], is_noised[:, None] & (row == column), torch.where(is_noised[:, None], column < row, column <= row))[None].to(device)
-        self.cut = lambda x: x.split(self.slots if passes == "multi" else [self.k], dim=1)  # what is sampled in one go
+        block = torch.repeat_interleave(torch.arange(self.n), torch.tensor(self.slots))  # (k,) the thought of each position
+        self.block, self.k, self.passes = block.to(device), len(block), passes
+        self.places, self.c = self.q + self.k, self.k - self.slots[-1] if passes == "multi" else 0  # c: clean positions of earlier thoughts
+        self.position = torch.cat([self.q + torch.arange(self.k), torch.arange(self.q + self.c)]).to(device)  # (k + q + c,)
+        of = torch.cat([block, torch.full((self.q,), -1), block[: self.c]])  # whose a position is: -1 is the question
+        noised, row, column = torch.arange(len(of)) < self.k, of[:, None], of[None]
+        together = row == column if passes == "multi" else torch.tensor(True)
+        see = torch.where(noised, noised[:, None] & together, torch.where(noised[:, None], column < row, column <= row))
+        self.see = see[None].to(device)  # (1, k + q + c, k + q + c)
+
+    def cut(self, x: Tensor):
+        """x (B, k, ...) in the parts that are sampled in one go."""
+        return x.split(self.slots if self.passes == "multi" else [self.k], dim=1)
 
     def chain(self, codec, q: Tensor, r: Tensor, count: Tensor | None, snapshots: Tensor | None = None) -> tuple[Tensor, Chain]:
         """x0 (B, k, d) and its condition for stored questions q (B, q, ...), thoughts r (B, k, ...) and, where chains differ in length, the
         number of thoughts `count` (B,). snapshots: (B, k, d) stand in the context in place of the true thoughts."""
         x0, see, counted = codec.vectors(r), self.see, None
         if count is not None:
-            counted = self.thought < count[:, None]  # (B, k)
+            counted = self.block < count[:, None]  # (B, k)
             see = see & torch.cat([counted, known(q), counted[:, : self.c]], dim=1)[:, None] | torch.eye(see.shape[1], dtype=torch.bool, device=see.device)
         context = torch.cat([codec.vectors(q), (x0 if snapshots is None else snapshots)[:, : self.c]], dim=1)
         return x0, Chain(self.block, context, self.position, see, count=counted)
@@ -216,13 +220,6 @@ class Split:
     count: Tensor | None
     questions: list[str]
     thoughts: list[list[str]]
-
-
-def encode_split(layout: Layout, codec, questions: list[str], thoughts: list[list[str]], varies: bool, passes: str, device) -> Split:
-    how = (layout.longest[0], -1) if isinstance(codec, Tokens) else ()
-    slots = [codec.encode([t[i] if i < len(t) else "" for t in thoughts], layout.longest[i + 1]) for i in range(layout.n)]
-    count = torch.tensor([len(t) if passes == "multi" else layout.n for t in thoughts], device=device) if varies else None
-    return Split(codec.encode(questions, *how).to(device), torch.cat(slots, dim=1).to(device), count, questions, thoughts)
 
 
 def problem_facts(cfg: Config, problems: Problems) -> dict:
@@ -258,12 +255,20 @@ class Thinker:
     device: torch.device
 
     def encode(self, questions: list[str], thoughts: list[list[str]]) -> Split:
-        return encode_split(self.layout, self.codec, questions, thoughts, self.facts["varies"], self.cfg.passes, self.device)
+        layout, codec, device = self.layout, self.codec, self.device
+        how = (layout.longest[0], -1) if isinstance(codec, Tokens) else ()
+        slots = [codec.encode([t[i] if i < len(t) else "" for t in thoughts], layout.longest[i + 1]) for i in range(layout.n)]
+        count = torch.tensor([len(t) if layout.passes == "multi" else layout.n for t in thoughts], device=device) if self.facts["varies"] else None
+        return Split(codec.encode(questions, *how).to(device), torch.cat(slots, dim=1).to(device), count, questions, thoughts)
+
+    def asked(self, **changes) -> "Thinker":
+        """The same thinker under other sampling settings."""
+        return dataclasses.replace(self, cfg=dataclasses.replace(self.cfg, **changes))
 
     def settings(self, seed: int) -> dict:
         cfg = self.cfg
         sampler = cfg.sampler if cfg.sampler != "auto" else "confident" if cfg.process == "masked" else "ddim"
-        temperature = 1.0 if cfg.process == "gaussian" and not cfg.temperature else cfg.temperature  # no noise at all would be no diffusion
+        temperature = float(cfg.process == "gaussian") if cfg.temperature is None else cfg.temperature
         return dict(sampler=sampler, steps=cfg.steps, temperature=temperature, generator=torch.Generator().manual_seed(seed))
 
     @torch.no_grad()
@@ -275,27 +280,37 @@ class Thinker:
         begin from. What is finished is read once, and then only its keys and values are used.
         """
         layout, codec, settings = self.layout, self.codec, self.settings(seed)
-        seen, done, past, at = known(q), [], [], layout.q
+        seen, done, past, at, ended = known(q), [], [], layout.q, [False] * len(q)
         new, places = codec.vectors(q), torch.arange(layout.q, device=q.device)
-        starts = layout.cut(start[0]) if start else None
-        for i, slot in enumerate(layout.cut(torch.zeros(1, layout.k, device=q.device))):
-            width = slot.shape[1]
+        starts, slots = layout.cut(start[0]) if start else None, [x.shape[1] for x in layout.cut(torch.zeros(1, layout.k))]
+        for i, width in enumerate(slots):
             with autocast(self.device, self.cfg.precision):
                 past = self.model.remember(new, places, seen[:, None].expand(-1, new.shape[1], -1), past)
-                places = torch.arange(at, at + width, device=q.device)
-                see = F.pad(seen, (0, width), value=True)
-                y = Chain(torch.zeros(width, dtype=torch.long, device=q.device), new[:, :0], places, see[:, None].expand(-1, width, -1), past)
-                if i < len(given):
-                    x0 = given[i]
-                else:
-                    for _, xt, _ in self.process.trajectory(self.model, (len(q), width, codec.d), y, start=(starts[i], start[1]) if start else None, **settings):
-                        yield i, torch.cat([*done, xt], dim=1)
-                    x0 = codec.snap(xt)
+            places, see = torch.arange(at, at + width, device=q.device), F.pad(seen, (0, width), value=True)
+            y = Chain(torch.zeros(width, dtype=torch.long, device=q.device), new[:, :0], places, see[:, None].expand(-1, width, -1), past)
+            if i < len(given):
+                x0 = given[i]
+            else:
+                begin = (starts[i], start[1]) if start else None
+                for x0 in self.ahead(self.process.trajectory(self.model, (len(q), width, codec.d), y, start=begin, **settings)):
+                    yield i, torch.cat([*done, x0], dim=1)
+                x0 = codec.snap(x0) if i + 1 < len(slots) else x0  # what later thoughts read is a text
             done.append(x0)
             new, at, seen = x0, at + width, see
-            if self.facts["varies"] and all("####" in chain[-1] for chain in self.chains(torch.cat(done, dim=1))):
-                break
+            if self.facts["varies"] and i + 1 < len(slots):
+                ended = [e or is_answer(text) for e, text in zip(ended, codec.decode(x0))]
+                if all(ended):
+                    break
         yield i, F.pad(torch.cat(done, dim=1), (0, 0, 0, layout.q + layout.k - at))  # what lies behind all answers is never read
+
+    def ahead(self, trajectory):
+        """xt of each step of a process's trajectory; autocast holds for the step, not for who reads it."""
+        while True:
+            with autocast(self.device, self.cfg.precision):
+                step = next(trajectory, None)
+            if step is None:
+                return
+            yield step[1]
 
     def think(self, q: Tensor, seed: int, given=(), start=None) -> Tensor:
         """x0 (B, k, d) of chains for stored questions q (B, q, ...), 1,000 at a time; see `steps`."""
@@ -315,12 +330,15 @@ class Thinker:
 
     def score(self, split: Split, seed: int, **changes) -> dict:
         """Scores of the split's questions under the sampling settings `changes`."""
-        asked = dataclasses.replace(self, cfg=dataclasses.replace(self.cfg, **changes))
-        return metrics.score_chains(self.chains(asked.think(split.q, seed)), split.thoughts)
+        return metrics.score_chains(self.chains(self.asked(**changes).think(split.q, seed)), split.thoughts)
+
+
+def is_answer(thought: str) -> bool:
+    return thought.lstrip().startswith("####")
 
 
 def until_answer(chain: list[str]) -> list[str]:
-    last = next((i for i, thought in enumerate(chain) if thought.lstrip().startswith("####")), len(chain) - 1)
+    last = next((i for i, thought in enumerate(chain) if is_answer(thought)), len(chain) - 1)
     return chain[: last + 1]
 
 
@@ -358,17 +376,19 @@ def stage_config(cfg: Config, stage: str) -> Config:
     return dataclasses.replace(cfg, out=f"{cfg.out}/{stage}", max_steps=min(steps, cfg.max_steps))
 
 
-def train(cfg: Config, model: nn.Module, loss, n: int, facts: dict, device, evaluate, extra=None) -> nn.Module:
+def train(cfg: Config, model: nn.Module, loss, n: int, facts: dict, device, evaluate, extra=None, seconds_before: float = 0.0) -> nn.Module:
     """Train model in cfg.out on loss(run.model, batch) until cfg.max_steps or cfg.seconds; return its EMA.
 
-    evaluate(EMA): scores of held-out problems; they are printed, and kept with the training seconds in eval.csv.
+    evaluate(EMA): scores of held-out problems; they are printed, and kept with the training seconds in eval.csv. seconds_before: those of a
+    stage that this one needs; they count.
     """
     if n < cfg.batch_size:
         raise UserError(f"{n} training problems, fewer than a batch of {cfg.batch_size}: give more, or a smaller --batch_size")
     run = Run(cfg, model, device, facts, extra)
+    run.seconds = run.seconds if run.resumed else seconds_before
     path = Path(cfg.out) / "eval.csv"
     if run.main:
-        print(f"{cfg.out}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {n} training problems; {device}, {run.world} process(es)", flush=True)
+        print(f"{cfg.out}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {n} training {'texts' if facts['stage'] == 'vae' else 'problems'}; {device}, {run.world} process(es)", flush=True)
         rows = path.read_text().splitlines()[1:] if run.resumed and path.exists() else []
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(["step,seconds,answer,chain", *(r for r in rows if int(r.split(",")[0]) <= run.step), ""]))
@@ -376,18 +396,20 @@ def train(cfg: Config, model: nn.Module, loss, n: int, facts: dict, device, eval
     def note() -> None:
         took = run.seconds + time.perf_counter() - run.logged[1]  # those up to the last line of the log, and since
         with run.pause():
-            scores = evaluate(run.ema.module)
-            print(f"step {run.step}, {took:.0f} s: answer {scores['answer']:.3f}, chain {scores['chain']:.3f}, thoughts " + " ".join(f"{a:.2f}" for a in scores["thoughts"]), flush=True)
-            with open(path, "a", newline="") as file:
-                csv.writer(file).writerow([run.step, f"{took:.3f}", scores["answer"], scores["chain"]])
+            if run.main:
+                scores = evaluate(run.ema.module)
+                print(f"step {run.step}, {took:.0f} s: answer {scores['answer']:.3f}, chain {scores['chain']:.3f}, thoughts " + " ".join(f"{a:.2f}" for a in scores["thoughts"]), flush=True)
+                with open(path, "a", newline="") as file:
+                    csv.writer(file).writerow([run.step, f"{took:.3f}", scores["answer"], scores["chain"]])
+            wait()  # the others' clocks stand still as well
 
     for step, batch in run.steps(n, cfg.seconds or math.inf):
         with autocast(device, cfg.precision):
             value = loss(run.model, batch)
         run.update(value)
-        if step % cfg.sample_every == 0 and run.main:
+        if step % cfg.sample_every == 0:
             note()
-    if run.step % cfg.sample_every and run.main:
+    if run.step % cfg.sample_every:
         note()
     if run.main:
         print(f"trained {run.seconds:.0f} s; wrote {run.curve()}", flush=True)
@@ -397,26 +419,29 @@ def train(cfg: Config, model: nn.Module, loss, n: int, facts: dict, device, eval
 def train_vae(cfg: Config, facts: dict, problems: Problems, device) -> None:
     cfg, tokens = stage_config(cfg, "vae"), Tokens(facts["alphabet"])
     if finished(cfg):
-        return print(f"{cfg.out}/last.pt is finished: loaded, not trained again")
+        return
     vae, texts = build_vae(cfg, facts, device), sorted({text for q, chain in zip(problems.question, problems.thoughts) for text in (q, *chain)})
     ids, longest = vae_ids(tokens, texts, max(facts["widths"])).to(device), max(facts["widths"])
-    held_out = sorted({t for q, chain in zip(problems.question_test, problems.thoughts_test) for t in (q, *chain)} - set(texts)) or texts
+    held_out = sorted({t for q, chain in zip(problems.question_test, problems.thoughts_test) for t in (q, *chain)} - set(texts)) or texts  # of a small task all texts are known
     unseen = vae_ids(tokens, held_out[:: max(1, len(held_out) // 500)][:500], longest).to(device)
 
     def evaluate(vae) -> dict:
         back = F.pad(vae.generate(vae.encode(unseen)[0], longest + 1), (0, unseen.shape[1]), value=END)[:, : unseen.shape[1]]
         right = (((back == unseen) | (unseen < 0)).all(1)).float().mean().item()
-        return dict(answer=right, chain=right, thoughts=[right])  # texts that come back, of which training knew none
+        return dict(answer=right, chain=right, thoughts=[right])  # the share of texts that come back
 
     train(cfg, vae, lambda model, batch: model(ids[batch], ids[batch]), len(ids), facts | dict(stage="vae"), device, evaluate)
 
 
 def train_diffusion(cfg: Config, facts: dict, problems: Problems, device) -> None:
-    extra = {}
-    if cfg.codec == "latents":
+    extra, seconds, path = {}, 0.0, Path(cfg.out) / "diffusion" / "last.pt"
+    if path.exists():  # its codes are those of its own VAE
+        extra = load_checkpoint(path, cfg.kind)["extra"]
+    elif cfg.codec == "latents":
         train_vae(cfg, facts, problems, device)
         wait()
-        extra = dict(vae=load_checkpoint(f"{cfg.out}/vae/last.pt", cfg.kind)["ema"], mean=torch.zeros(cfg.k, cfg.d), std=torch.ones(cfg.k, cfg.d))
+        vae = load_checkpoint(f"{cfg.out}/vae/last.pt", cfg.kind)
+        extra, seconds = dict(vae=vae["ema"], mean=torch.zeros(cfg.k, cfg.d), std=torch.ones(cfg.k, cfg.d)), vae["seconds"]
         codes = build(cfg, facts, extra, device).codec.encode([t for chain in problems.thoughts[:5000] for t in chain])
         extra |= dict(mean=codes.mean(0).cpu(), std=codes.std(0).clamp(min=1e-3).cpu())
     cfg = stage_config(cfg, "diffusion")
@@ -435,14 +460,14 @@ def train_diffusion(cfg: Config, facts: dict, problems: Problems, device) -> Non
         return process.loss(model, x0, y)
 
     evaluate = lambda model: dataclasses.replace(thinker, model=model).score(test, cfg.seed)
-    train(cfg, thinker.model, loss, len(split.q), facts | dict(stage="diffusion"), device, evaluate, extra)
+    train(cfg, thinker.model, loss, len(split.q), facts | dict(stage="diffusion"), device, evaluate, extra, seconds)
 
 
 def gpt_targets(tokens: Tokens, facts: dict, thoughts: list[list[str]], stage: str) -> Tensor:
     """Targets (N, L) of the baseline: the chain ("chain") or its last thought ("answer"), then its end token; thoughts of various length end in END each."""
     end, rows = len(facts["alphabet"]) + 1, []
-    for chain in thoughts:
-        ids = [[tokens.alphabet.index(c) + 1 for c in tokens.plain(t)] + [END] * facts["varies"] for t in (chain if stage == "chain" else chain[-1:])]
+    for chain in last_only(thoughts, stage):
+        ids = [[tokens.alphabet.index(c) + 1 for c in tokens.plain(t)] + [END] * facts["varies"] for t in chain]
         rows.append([i for thought in ids for i in thought] + [end])
     target = torch.full((len(rows), max(map(len, rows))), -100)
     for row, ids in zip(target, rows):
@@ -472,40 +497,44 @@ class Baseline:
     facts: dict
     stage: str
     model: QuestionGPT
-    tokens: Tokens
     longest: int
     precision: str
+    device: torch.device
 
-    def chains(self, q: Tensor) -> list[list[str]]:
-        """Its greedy chains for questions' ids q (B, q), 1,000 at a time."""
+    def read(self, questions: list[str]) -> Tensor:
+        return Tokens(self.facts["alphabet"]).encode(questions, self.facts["widths"][0], -1).to(self.device)
+
+    def chains(self, questions: list[str]) -> list[list[str]]:
+        """Its greedy chains, 1,000 at a time."""
         rows = []
-        for part in q.split(1000):
-            with autocast(q.device, self.precision):
+        for part in self.read(questions).split(1000):
+            with autocast(self.device, self.precision):
                 rows += self.model.generate(self.model.read(part), self.longest).tolist()
-        return gpt_chains(self.tokens, self.facts, rows, self.stage)
+        return gpt_chains(Tokens(self.facts["alphabet"]), self.facts, rows, self.stage)
 
 
-def questions(tokens: Tokens, facts: dict, texts: list[str], device) -> Tensor:
-    return tokens.encode(texts, facts["widths"][0], -1).to(device)
-
-
-def train_baseline(cfg: Config, facts: dict, stage: str, thinker: Thinker, problems: Problems, seconds: float, device) -> Baseline:
-    """The trained baseline of a stage, of about the thinker's size; it is trained for so many seconds, or loaded where it has been."""
-    cfg, tokens, size = dataclasses.replace(stage_config(cfg, stage), max_steps=10**6, seconds=seconds), Tokens(facts["alphabet"]), sum(p.numel() for p in thinker.model.parameters())
+def train_baseline(cfg: Config, stage: str, thinker: Thinker, problems: Problems, seconds: float) -> Baseline:
+    """The trained baseline of a stage, as wide and as deep as the thinker; it is trained for so many seconds, or loaded where it has been."""
+    facts, device = thinker.facts, thinker.device
+    cfg, tokens = dataclasses.replace(stage_config(cfg, stage), max_steps=10**6, seconds=seconds), Tokens(facts["alphabet"])
     target = gpt_targets(tokens, facts, problems.thoughts, stage).to(device)
     torch.manual_seed(cfg.seed)
-    decoder = small_gpt(tokens.d + 1, cfg.width, max(1, round(size / (12 * cfg.width**2))), facts["widths"][0] + target.shape[1] + 1)
-    baseline = Baseline(facts, stage, QuestionGPT(decoder).to(device), tokens, target.shape[1], cfg.precision)
+    decoder = small_gpt(tokens.d + 1, cfg.width, cfg.depth, facts["widths"][0] + target.shape[1] + 1)
+    baseline = Baseline(facts, stage, QuestionGPT(decoder).to(device), target.shape[1], cfg.precision, device)
     if finished(cfg):
         load_weights(baseline.model, load_checkpoint(f"{cfg.out}/last.pt", cfg.kind)["ema"], cfg.out)
         baseline.model.eval()
         return baseline
-    q, q_test, truth = questions(tokens, facts, problems.question, device), questions(tokens, facts, problems.question_test[:200], device), problems.thoughts_test[:200]
-    truth = truth if stage == "chain" else [chain[-1:] for chain in truth]
-    evaluate = lambda model: metrics.score_chains(dataclasses.replace(baseline, model=model).chains(q_test), truth)
+    q, truth = baseline.read(problems.question), last_only(problems.thoughts_test[:200], stage)
+    evaluate = lambda model: metrics.score_chains(dataclasses.replace(baseline, model=model).chains(problems.question_test[:200]), truth)
     cfg = dataclasses.replace(cfg, resume=(Path(cfg.out) / "last.pt").exists())
     baseline.model = train(cfg, baseline.model, lambda model, batch: model(q[batch], target[batch]), len(q), facts | dict(stage=stage), device, evaluate)
     return baseline
+
+
+def last_only(thoughts: list[list[str]], stage: str) -> list[list[str]]:
+    """The chains as a baseline of the stage writes them."""
+    return thoughts if stage == "chain" else [chain[-1:] for chain in thoughts]
 
 
 # -- what the script does -----------------------------------------------------------------------------------------------
@@ -516,8 +545,6 @@ def load_thinker(cfg: Config, path: Path, device) -> tuple[Thinker, float]:
     checkpoint = load_checkpoint(path, cfg.kind)
     if checkpoint["facts"].get("stage") != "diffusion":
         raise UserError(f"{path} is the checkpoint of a {checkpoint['facts'].get('stage')}; give that of the diffusion, out/NAME/diffusion/last.pt")
-    if cfg.codec == "latents" and "vae" not in checkpoint["extra"]:
-        raise UserError(f"{path} was trained with --codec tokens and holds no VAE: leave out --codec latents")
     thinker = build(cfg, checkpoint["facts"], checkpoint["extra"], device)
     load_weights(thinker.model, checkpoint["ema"], path)
     thinker.model.eval()
@@ -536,13 +563,12 @@ def focus(thinker: Thinker, question: str) -> list[str]:
     lines, tokens = [f"question  {question}"], thinker.codec if isinstance(thinker.codec, Tokens) else None
     for i, x0 in thinker.steps(thinker.encode([question], [[""] * thinker.layout.n]).q, thinker.cfg.seed):
         if tokens:
-            row = [0 if known else None for known in x0[0].any(-1).tolist()]
-            text = " ".join("_" if mark is None else tokens.text([j]) for mark, j in zip(row, x0[0].argmax(-1).tolist()))
+            text = " ".join(tokens.text([token]) if there else "_" for there, token in zip(x0[0].any(-1).tolist(), x0[0].argmax(-1).tolist()))
         else:
             text = " | ".join(thinker.chains(x0)[0])
         if text != lines[-1].split("  ", 1)[1]:
             lines.append(f"thought {i + 1}  {text}")
-    return lines
+    return [*lines, "chain     " + " | ".join(thinker.chains(x0)[0])]
 
 
 def check_question(cfg: Config, question: str) -> None:
@@ -552,14 +578,6 @@ def check_question(cfg: Config, question: str) -> None:
     if form and not re.fullmatch(form, question):
         example = form.replace(r"\d", "7").replace("\\", "")
         raise UserError(f"--prompt {question!r} is not a question of --dataset {cfg.dataset} with these sizes; it looks like {example!r}, least significant digit first")
-
-
-def sample(thinker: Thinker, out: Path) -> None:
-    """Answer --prompt, and show how the chain came about."""
-    check_question(thinker.cfg, thinker.cfg.prompt)
-    lines = focus(thinker, thinker.cfg.prompt)
-    q = thinker.encode([thinker.cfg.prompt], [[""] * thinker.layout.n]).q
-    show(out, "focus", [*lines, "chain     " + " | ".join(thinker.chains(thinker.think(q, thinker.cfg.seed))[0])])
 
 
 def rate(work, n: int) -> float:
@@ -572,42 +590,35 @@ def rate(work, n: int) -> float:
     return n / min(took)
 
 
-def score(cfg: Config, thinker: Thinker, problems: Problems, out: Path, seconds: float) -> None:
-    """Print the scores of the chains at 1 to 64 evaluations a thought, of a vote, and of the autoregressive baselines, which are trained for so many seconds."""
-    baselines = {}
+def score(thinker: Thinker, problems: Problems, path: Path, seconds: float) -> None:
+    """Print the scores of the chains at 1 to 64 evaluations a thought, of a vote, and of the autoregressive baselines, which are trained for as many
+    seconds as the checkpoint at path was."""
+    cfg, device, n, baselines = thinker.cfg, thinker.device, min(thinker.cfg.score_n, len(problems.question_test)), {}
     for stage in ("chain", "answer") if cfg.compare else ():  # by all processes
-        baselines[stage] = train_baseline(dataclasses.replace(cfg, out=str(out.parent)), thinker.facts, stage, thinker, problems, seconds, thinker.device)
+        baselines[stage] = train_baseline(cfg, stage, thinker, problems, seconds)
     if not is_main():
         return
-    device, n = thinker.device, min(cfg.score_n, len(problems.question_test))
     split = thinker.encode(problems.question_test[:n], problems.thoughts_test[:n])
-    print(f"score: n={n} test problems, seed {cfg.seed}; {device}, {torch.get_num_threads()} threads; trained {seconds:.0f} s")
+    print(f"score: n={n} test problems, seed {cfg.seed}; {device}, {torch.get_num_threads()} threads; trained {seconds:.0f} s, {sum(p.numel() for p in thinker.model.parameters()) / 1e6:.2f} M parameters")
 
-    def row(name: str, scores: dict, *rates: float) -> None:
-        speed = "".join(f"  {label} {value:.3g}/s" for label, value in zip(("full batch", "one by one"), rates))
-        print(f"  {name:22}  answer {scores['answer']:.3f}  chain {scores['chain']:.3f}  unended {scores['unended']:.3f}  thoughts " + " ".join(f"{a:.2f}" for a in scores["thoughts"]) + speed, flush=True)
+    def row(name: str, scores: dict, ask=None) -> None:
+        rates = f"  full batch {rate(lambda: ask(slice(0, n)), n):.3g}/s  one by one {rate(lambda: [ask(slice(i, i + 1)) for i in range(min(n, 8))], min(n, 8)):.3g}/s" if ask else ""
+        print(f"  {name:22}  answer {scores['answer']:.3f}  chain {scores['chain']:.3f}  unended {scores['unended']:.3f}  thoughts " + " ".join(f"{a:.2f}" for a in scores["thoughts"]) + rates, flush=True)
 
-    few = split.q[: min(n, 8)]
-    for steps in (1, 2, 4, 8, 16, 32, 64):
-        if steps > cfg.T:
-            break
-        asked = dataclasses.replace(thinker, cfg=dataclasses.replace(thinker.cfg, steps=steps))
-        scores = asked.score(split, cfg.seed)
-        row(f"diffusion, {steps} steps", scores, rate(lambda: asked.think(split.q, 0), n), rate(lambda: [asked.think(few[i : i + 1], 0) for i in range(len(few))], len(few)))
+    for steps in (s for s in (1, 2, 4, 8, 16, 32, 64) if s <= cfg.T):
+        asked = thinker.asked(steps=steps)
+        row(f"diffusion, {steps} steps", asked.score(split, cfg.seed), lambda part: asked.chains(asked.think(split.q[part], 0)))
     if cfg.votes > 1:
-        drawn = dataclasses.replace(thinker, cfg=dataclasses.replace(thinker.cfg, temperature=cfg.vote_temperature))
+        drawn = thinker.asked(temperature=cfg.vote_temperature)
         runs = [drawn.chains(drawn.think(split.q, cfg.seed + 1000 * i)) for i in range(cfg.votes)]
-        row("one at that temperature", metrics.score_chains(runs[0], split.thoughts))
+        row(f"at temperature {cfg.vote_temperature:g}", metrics.score_chains(runs[0], split.thoughts))
         elected = [metrics.majority([metrics.answer_of(c) for c in chains]) for chains in zip(*runs)]
-        right = sum(a is not None and a == metrics.answer_of(b) for a, b in zip(elected, split.thoughts)) / n
-        print(f"  vote of {cfg.votes} at {cfg.vote_temperature:g}      answer {right:.3f}")
+        print(f"  {f'vote of {cfg.votes} of those':22}  answer {sum(a is not None and a == metrics.answer_of(b) for a, b in zip(elected, split.thoughts)) / n:.3f}")
     for stage, baseline in baselines.items():
-        q = questions(baseline.tokens, thinker.facts, split.questions, device)
-        truth = split.thoughts if stage == "chain" else [chain[-1:] for chain in split.thoughts]
-        scores = metrics.score_chains(baseline.chains(q), truth)
-        row(f"GPT-2, {stage}", scores, rate(lambda: baseline.chains(q), n), rate(lambda: [baseline.chains(q[i : i + 1]) for i in range(len(few))], len(few)))
-    if cfg.compare:
-        print("wrote", learning_curves({stage: out.parent / stage for stage in ("diffusion", "chain", "answer")}, out.parent / "curves.png"))
+        row(f"GPT-2, {stage}", metrics.score_chains(baseline.chains(split.questions), last_only(split.thoughts, stage)), lambda part: baseline.chains(split.questions[part]))
+        print(f"    trained {load_checkpoint(f'{cfg.out}/{stage}/last.pt', cfg.kind)['seconds']:.0f} s, {sum(p.numel() for p in baseline.model.parameters()) / 1e6:.2f} M parameters")
+    if baselines and (path.parent / "eval.csv").exists():
+        print("wrote", learning_curves({"diffusion": path.parent} | {f"GPT-2, {stage}": Path(cfg.out) / stage for stage in baselines}, Path(cfg.out) / "curves.png"))
 
 
 def learning_curves(runs: dict[str, Path], path: Path) -> Path:
@@ -621,23 +632,27 @@ def learning_curves(runs: dict[str, Path], path: Path) -> Path:
     for name, folder in runs.items():
         rows = list(csv.DictReader(open(folder / "eval.csv")))
         ax.plot([float(r["seconds"]) for r in rows], [float(r["answer"]) for r in rows], label=name)
-    ax.set(xlabel="training seconds", ylabel="right answers, 200 test problems", ylim=(0, 1.02))
+    ax.set(xlabel="training seconds", ylabel="share of right answers, test problems", ylim=(0, 1.02))
     ax.legend()
     fig.savefig(path, dpi=120)
     plt.close(fig)
     return path
 
 
-def spoil(tokens: Tokens, text: str, rng: random.Random) -> str:
-    """The text with one of its digits changed."""
-    at = rng.choice([i for i, c in enumerate(text) if c.isdigit()])
-    return text[:at] + rng.choice([c for c in "0123456789" if c != text[at]]) + text[at + 1 :]
+def spoil(text: str, digits: str, rng: random.Random) -> str:
+    """The text with one of its digits changed to another of `digits`."""
+    at = rng.choice([i for i, c in enumerate(text) if c in digits])
+    return text[:at] + rng.choice([c for c in digits if c != text[at]]) + text[at + 1 :]
 
 
 def correct(cfg: Config, facts: dict, problems: Problems, device) -> None:
     """The experiment on self-correction: one thought of a true chain is spoilt; how often is the answer right all the same, with and without snapshots?"""
     if cfg.passes == "single":
         raise UserError("--stage correct spoils a thought and lets the later ones follow: it needs --passes multi")
+    digits = "".join(c for c in facts["alphabet"] if c.isdigit())
+    chosen = [i for i, chain in enumerate(problems.thoughts_test) if len(chain) > 1 and all(set(t) & set(digits) for t in chain[:-1])][: cfg.score_n]
+    if not chosen or len(digits) < 2:
+        raise UserError(f"--stage correct needs test problems with a thought that holds a digit before the answer; {cfg.dataset} has none")
     runs = {s: dataclasses.replace(cfg, snapshot=s, out=f"{cfg.out}/snapshot{s:g}") for s in (0.0, cfg.snapshot or 0.5)}
     for one in runs.values():
         if not finished(stage_config(one, "diffusion")):
@@ -645,16 +660,15 @@ def correct(cfg: Config, facts: dict, problems: Problems, device) -> None:
         wait()
     if not is_main():
         return
-    results, n = {}, min(cfg.score_n, len(problems.question_test))
+    results = {}
     for snapshot, one in runs.items():
-        thinker, _ = load_thinker(stage_config(one, "diffusion"), Path(one.out) / "diffusion/last.pt", device)
-        chosen = [i for i, chain in enumerate(problems.thoughts_test) if len(chain) > 1 and any(c.isdigit() for c in chain[0])][:n]
+        thinker, _ = load_thinker(one, Path(one.out) / "diffusion/last.pt", device)
         split = thinker.encode([problems.question_test[i] for i in chosen], [problems.thoughts_test[i] for i in chosen])
         answers = lambda x0: metrics.score_chains(thinker.chains(x0), split.thoughts)["answer"]
         rows = {"nothing spoilt": (answers(thinker.think(split.q, cfg.seed)), math.nan)}
         shortest, rng = min(map(len, split.thoughts)), random.Random(cfg.seed)
         for i in range(shortest - 1):
-            bad = [[*chain[:i], spoil(thinker.codec, chain[i], rng), *chain[i + 1 :]] for chain in split.thoughts]
+            bad = [[*chain[:i], spoil(chain[i], digits, rng), *chain[i + 1 :]] for chain in split.thoughts]
             x0 = thinker.codec.vectors(thinker.encode(split.questions, bad).r)
             given = list(thinker.layout.cut(x0))[: i + 1]
             first = thinker.think(split.q, cfg.seed, given)
@@ -684,37 +698,38 @@ def correct(cfg: Config, facts: dict, problems: Problems, device) -> None:
 
 
 def main(cfg: Config) -> None:
-    device = pick_device(cfg.device)
-    given = cfg.sample_from or cfg.score_from
-    cfg = dataclasses.replace(cfg, out=cfg.out or (str(Path(given).parent) if given else f"out/{Path(cfg.dataset).stem.lower()}"))
-    if cfg.sample_from and cfg.prompt:
-        return sample(load_thinker(cfg, Path(given), device)[0], Path(cfg.out))
+    device, given = pick_device(cfg.device), Path(cfg.sample_from or cfg.score_from)
+    if cfg.sample_from or cfg.score_from:
+        cfg = dataclasses.replace(cfg, out=cfg.out or str(given.parent.parent if given.parent.name == "diffusion" else given.parent))
+        thinker, seconds = load_thinker(cfg, given, device)
+        if cfg.prompt:
+            check_question(cfg, cfg.prompt)
+            return show(given.parent, "focus", focus(thinker, cfg.prompt))
+    cfg = dataclasses.replace(cfg, out=cfg.out or f"out/{Path(cfg.dataset).stem.lower()}")
     problems = load_problems(cfg.dataset, cfg.digits, cfg.terms, cfg.train_n, cfg.form)
-    facts = problem_facts(cfg, problems)
-    if given:
-        thinker, seconds = load_thinker(cfg, Path(given), device)
-        if thinker.facts["checksum"] != facts["checksum"]:
-            raise UserError(f"{cfg.dataset} is not the data that {given} was trained on: a score needs its training and test split")
-        if cfg.sample_from:
-            return show(Path(cfg.out), "focus", focus(thinker, problems.question_test[0]))
-        return score(cfg, thinker, problems, Path(cfg.out), seconds)
+    facts, path = problem_facts(cfg, problems), Path(cfg.out) / "diffusion" / "last.pt"
     if cfg.stage == "correct":
         return correct(cfg, facts, problems, device)
-    path = Path(cfg.out) / "diffusion" / "last.pt"
-    if cfg.stage in ("all", "diffusion"):
+    if not (cfg.sample_from or cfg.score_from):
         if finished(stage_config(cfg, "diffusion")):
-            print(f"{path} is finished: loaded, not trained again")
-        else:
-            print(f"{cfg.dataset}: {len(problems.question)} training and {len(problems.question_test)} test problems; {problems.question[0]} -> {' | '.join(problems.thoughts[0])}")
+            if is_main():
+                print(f"{path} is finished: loaded, not trained again")
+        elif cfg.stage != "score":
+            if is_main():
+                print(f"{cfg.dataset}: {len(problems.question)} training and {len(problems.question_test)} test problems; {problems.question[0]} -> {' | '.join(problems.thoughts[0])}")
             train_diffusion(cfg, facts, problems, device)
         wait()
-    if cfg.stage in ("all", "score"):
-        thinker, seconds = load_thinker(stage_config(cfg, "diffusion"), path, device)
-        if is_main():
-            show(path.parent, "focus", focus(thinker, problems.question_test[0]))
-        score(cfg, thinker, problems, path.parent, seconds)
-    if cfg.stage in ("all", "score") and is_main():
-        print(f"sample again: python reason.py --sample_from {shlex.quote(str(path))} --prompt {shlex.quote(problems.question_test[0])}")
+        if cfg.stage == "diffusion":
+            return
+        given, (thinker, seconds) = path, load_thinker(cfg, path, device)
+    if thinker.facts["checksum"] != facts["checksum"]:
+        raise UserError(f"{cfg.dataset} is not the data that {given} was trained on: a score needs its training and test split")
+    if is_main():
+        show(given.parent, "focus", focus(thinker, problems.question_test[0]))
+    if not cfg.sample_from:
+        score(thinker, problems, given, seconds)
+    if is_main():
+        print(f"sample again: python reason.py --sample_from {shlex.quote(str(given))} --prompt {shlex.quote(problems.question_test[0])}")
 
 
 if __name__ == "__main__":

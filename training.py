@@ -3,6 +3,7 @@
 Every random draw of a training step is a function of (seed, step, rank), so a run that was killed at any moment and resumed
 ends with the same bits as one that was not (on one device, CPU).
 """
+import argparse
 import csv
 import functools
 import gc
@@ -34,18 +35,24 @@ def run_script(config_class, main, doc: str) -> None:
 
     With --sample_from or --score_from, where a script has them, the defaults are those of the checkpoint, so that flags override only what they name.
     """
-    parse = functools.partial(tyro.cli, config_class, description=doc, use_underscores=True)
+    parse, flags = functools.partial(tyro.cli, config_class, description=doc, use_underscores=True), argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("sample_from", "score_from"):
+        flags.add_argument(f"--{name}", f"--{name.replace('_', '-')}", default="", nargs="?")
     try:
-        cfg = parse()
-        if path := getattr(cfg, "sample_from", "") or getattr(cfg, "score_from", ""):
+        given = flags.parse_known_args()[0]
+        path = (given.sample_from or given.score_from) if hasattr(config_class, "sample_from") else ""
+        if path and "--help" not in sys.argv:
             saved = load_checkpoint(path, config_class.kind)["config"]
             try:
-                cfg = parse(default=config_class(**saved | dict(out=cfg.out, device=cfg.device, resume=False)))
+                default = config_class(**saved | dict(out="", device=config_class.device, resume=False))
             except (TypeError, ValueError) as error:
                 raise UserError(f"{path} has a configuration of another version of this script: {error}") from error
+            cfg = parse(default=default)
             for name in config_class.fixed:  # but for these three, which say nothing of what the weights mean
                 if name not in ("seed", "batch_size", "dataset") and getattr(cfg, name) != saved[name]:
                     raise UserError(f"--{name} {getattr(cfg, name)}, but {path} was trained with {saved[name]}: leave the flag out")
+        else:
+            cfg = parse()
         main(cfg)
     except (UserError, OSError) as error:  # an OSError names the file
         print(f"error: {error}", file=sys.stderr)

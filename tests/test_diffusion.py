@@ -432,6 +432,8 @@ def test_sampling_can_start_from_a_noised_x0():
     first = next(diffusion.Masked(60).trajectory(model, x0.shape, steps=6, start=(x0, 30), generator=rng()))[1]
     kept = model.seen[0].any(-1)
     assert torch.equal(kept.sum(1), torch.full((50,), 3)) and torch.equal(first[kept], x0[kept])
+    one = list(diffusion.Masked(60).trajectory(Knows(x0[:, :1]), (50, 1, 5), steps=4, start=(x0[:, :1], 20)))
+    assert len(one) == 1 and torch.equal(one[0][1], x0[:, :1])  # of a single token, one is masked
     process, gauss = Diffusion(alpha_bar_cosine(100)), torch.randn(4000, 2, generator=rng())
     t, xt = {}, {}
 

@@ -50,7 +50,10 @@ def test_splits_are_disjoint_repeat_and_hold_no_question_twice(task, digits, cou
     assert set(make_problems(task, digits, 3, 800).question).isdisjoint(q for q in test if is_test_problem(q))
 
 
-GSM = [dict(question=f"Tom has {i} pens and buys {j}. How many?", answer=f"He has {i}+{j}=<<{i}+{j}={i + j}>>{i + j}.\nThat is all.\n#### {i + j:,}") for i in range(60, 70) for j in range(995, 999)]
+GSM = [
+    dict(question=f"Tom has {i} pens and buys {j}. How many{' now' * (i % 2)}?", answer=f"He has {i}+{j}=<<{i}+{j}={i + j}>>{i + j}.\nThat is all.\n" + f"<<{i}*1={i}>>So.\n" * (i % 2) + f"#### {i + j:,}")
+    for i in range(60, 70) for j in range(995, 999)
+]  # fmt: skip
 
 
 def write_gsm(path, rows=GSM):
@@ -61,8 +64,8 @@ def write_gsm(path, rows=GSM):
 def test_gsm8k_in_both_forms_and_from_a_folder_and_a_txt(tmp_path):
     path = write_gsm(tmp_path / "gsm.jsonl")
     equations, text = load_problems(str(path)), load_problems(str(path), form="text")
-    assert equations.thoughts[0][0].startswith("<<6") and equations.thoughts[0][1].startswith("#### 1,0") and len(equations.thoughts[0]) == 2
-    assert text.thoughts[0][0].startswith("He has 6") and "<<" not in text.thoughts[0][0] and text.thoughts[0][1] == "That is all."
+    assert equations.thoughts[0] == ["<<60+995=1055>>", "#### 1,055"] and {len(t) for t in equations.thoughts} == {2, 3}
+    assert text.thoughts[0] == ["He has 60+995=1055.", "That is all.", "#### 1,055"] and {len(t) for t in text.thoughts} == {3, 4}
     assert len(equations.question) + len(equations.question_test) == 40 and not set(equations.question) & set(equations.question_test)
     write_gsm(tmp_path / "train.jsonl", GSM[:30]), write_gsm(tmp_path / "test.jsonl", GSM[25:])
     folder = load_problems(str(tmp_path))
@@ -130,7 +133,7 @@ def test_draw_draws_by_the_probabilities():
 @pytest.fixture(scope="module")
 def varied(tmp_path_factory):
     """A thinker, untrained but random, for chains of different lengths, and its problems."""
-    path = write_gsm(tmp_path_factory.mktemp("gsm") / "gsm.jsonl", [row | dict(answer=row["answer"].replace("\n#", f"\n<<1+{i}={i + 1}>>\n#") if i % 2 else row["answer"]) for i, row in enumerate(GSM)])
+    path = write_gsm(tmp_path_factory.mktemp("gsm") / "gsm.jsonl")
     cfg = reason.Config(dataset=str(path), width=32, depth=1, steps=3)
     problems = load_problems(str(path))
     torch.manual_seed(0)
@@ -165,7 +168,7 @@ def test_the_question_is_never_noised_and_padding_never_counts(varied):
         torch.testing.assert_close(loss(q, r), base)
     finally:
         reason.known = known
-    r[~(thinker.layout.thought < split.count[:, None])] = 5  # ... and so is a thought that a chain does not have
+    r[~(thinker.layout.block < split.count[:, None])] = 5  # ... and so is a thought that a chain does not have
     torch.testing.assert_close(loss(split.q, r), base)
     r[:, 0] = 5
     assert abs(loss(split.q, r) - base) > 1e-3
@@ -200,10 +203,11 @@ def test_training_and_sampling_ask_the_same_thing(varied, passes):
 def test_thinking_ends_when_every_chain_has_its_answer(varied, monkeypatch):
     thinker, problems = varied
     q = thinker.encode(problems.question[:4], problems.thoughts[:4]).q
-    ended = [["<<1+1=2>>", "#### 2"], ["#### 3"]]
-    monkeypatch.setattr(thinker, "chains", lambda x0: ended if x0.shape[1] > thinker.layout.slots[0] else [["<<1+1=2>>"], ["#### 3"]])
-    seen = [i for i, _ in thinker.steps(q, 0)]
-    assert set(seen) == {0, 1} and thinker.layout.n == 3 and thinker.think(q, 0).shape[1] == thinker.layout.k
+    said = iter([["<<1+1=2>>", "#### 3", "#### 4", "3 #### 5"], ["#### 2", "", "", " #### 5"], ["never", "asked", "for", "this"]])
+    monkeypatch.setattr(thinker.codec, "decode", lambda x0: next(said))
+    states = list(thinker.steps(q, 0))
+    assert {i for i, _ in states} == {0, 1} and thinker.layout.n == 3 and states[-1][1].shape[1] == thinker.layout.k
+    assert next(said)[0] == "never"
 
 
 def test_given_thoughts_stay_and_steps_end_in_the_chain(varied):
@@ -212,6 +216,7 @@ def test_given_thoughts_stay_and_steps_end_in_the_chain(varied):
     x0 = thinker.codec.vectors(split.r)
     given = list(thinker.layout.cut(x0))[:1]
     assert torch.equal(thinker.think(split.q, 0, given)[:, : thinker.layout.slots[0]], given[0])
+    assert thinker.think(split.q[:1], 0).shape == (1, thinker.layout.k, thinker.codec.d)
     *_, (last, states) = thinker.steps(split.q, 0)
     assert last == thinker.layout.n - 1 and torch.equal(states, thinker.think(split.q, 0))
     assert thinker.chains(x0) == [[t for t in chain] for chain in problems.thoughts[:4]]
@@ -230,20 +235,20 @@ def test_baselines_chains_come_back_from_their_targets(varied):
 
 # -- learning -----------------------------------------------------------------------------------------------------------
 
-LEARN = "--dataset sums --terms 2 --width 64 --depth 2 --batch_size 64 --lr 3e-3 --warmup 20 --no-compare --stage diffusion --sample_every 400 --log_every 100".split()
+LEARN = "--dataset sums --terms 3 --train_n 100 --width 64 --depth 2 --batch_size 64 --lr 3e-3 --warmup 20 --no-compare --stage diffusion --sample_every 400 --log_every 100".split()
 
 
 @pytest.mark.parametrize("flags", [
     ["--max_steps", 1500], ["--max_steps", 1500, "--passes", "single"], ["--max_steps", 1500, "--process", "gaussian", "--self_condition", 0.5],
-    ["--max_steps", 2500, "--codec", "latents", "--process", "gaussian", "--predict", "x0", "--k", 2, "--d", 16, "--vae_width", 64, "--vae_depth", 1, "--vae_steps", 400],
+    ["--max_steps", 2500, "--codec", "latents", "--process", "gaussian", "--predict", "x0", "--k", 2, "--d", 16, "--vae_width", 64, "--vae_depth", 1, "--vae_steps", 400],  # fmt: skip
 ], ids=["masked", "single-pass", "gaussian", "latents"])  # fmt: skip
 def test_a_tiny_task_is_learned_by_heart(flags, tmp_path, cli):
-    """Sums of two digits, all that training has: each codec, process and pass mode answers all of them."""
+    """A hundred sums of three digits, two thoughts each, the ones that training has: each codec, process and pass mode answers all of them."""
     status, printed = cli("reason", *LEARN, *flags, "--out", tmp_path)
     assert status == 0, printed
     cfg = reason.Config(**load_checkpoint(tmp_path / "diffusion/last.pt", "reason")["config"])
     thinker, _ = reason.load_thinker(cfg, tmp_path / "diffusion/last.pt", CPU)
-    problems = load_problems("sums", terms=2)
+    problems = load_problems("sums", terms=3, n=100)
     scores = thinker.score(thinker.encode(problems.question, problems.thoughts), 0)
     assert scores["answer"] == scores["chain"] == 1.0, scores
 
@@ -268,7 +273,7 @@ def test_a_run_writes_and_prints_what_it_says(trained):
     assert (out / "curves.png").stat().st_size > 5000
     rows = list(csv.DictReader(open(out / "diffusion/eval.csv")))
     assert [int(r["step"]) for r in rows] == [10, 20] and 0 < float(rows[0]["seconds"]) <= float(rows[1]["seconds"])
-    for part in ("diffusion, 1 steps", "diffusion, 64 steps", "vote of 2", "GPT-2, chain", "GPT-2, answer", "full batch", "one by one", "unended", "n=20"):
+    for part in ("diffusion, 1 steps", "diffusion, 64 steps", "vote of 2", "at temperature 0.5", "GPT-2, chain", "GPT-2, answer", "full batch", "one by one", "unended", "n=20"):
         assert part in printed, part
     focus = (out / "diffusion/samples/focus.txt").read_text().splitlines()
     assert focus[0].startswith("question  ") and "_" in focus[1] and "_" not in focus[-1]
@@ -279,15 +284,19 @@ def test_finished_stages_are_loaded(trained, cli, monkeypatch):
     monkeypatch.setattr(reason, "train", None)
     status, printed = cli("reason", *SUMS, "--out", out, "--max_steps", 20, "--score_n", 20)
     assert status == 0 and "is finished: loaded" in printed and "GPT-2, chain" in printed, printed
-    status, printed = cli("reason", *SUMS, "--out", out, "--max_steps", 20, "--depth", 2)
-    assert status == 2 and "--depth 2" in printed and "trained with 1" in printed
+    for stage in ("all", "score", "diffusion"):
+        status, printed = cli("reason", *SUMS, "--out", out, "--max_steps", 20, "--depth", 2, "--stage", stage)
+        assert status == 2 and "--depth 2" in printed and "trained with 1" in printed, printed
 
 
-def test_score_from_prints_the_rows_of_the_run_and_flags_override(trained, cli):
+def test_score_from_prints_the_rows_of_the_run_and_flags_override(trained, cli, tmp_path):
     out, first = trained
     status, printed = cli("reason", "--score_from", out / "diffusion/last.pt")
     bare = lambda text: [line.split("  full batch")[0] for line in text.splitlines() if line.startswith("  ") and "answer" in line]
     assert status == 0 and bare(printed) == bare(first) and len(bare(first)) == 11
+    (tmp_path / "moved.pt").write_bytes((out / "diffusion/last.pt").read_bytes())
+    status, printed = cli("reason", "--score_from", tmp_path / "moved.pt", "--score_n", 5, "--votes", 1)
+    assert status == 0 and (tmp_path / "chain/last.pt").exists() and "curves.png" not in printed, printed
     status, printed = cli("reason", "--score_from", out / "diffusion/last.pt", "--score_n", 7, "--no-compare")
     assert status == 0 and "n=7" in printed and "GPT-2" not in printed
 
@@ -309,7 +318,9 @@ def test_interrupted_and_resumed_ends_with_the_same_bits(flags, tmp_path, cli):
     assert cli("reason", *command, "--max_steps", 4, "--out", tmp_path / "half")[0] == 0
     assert cli("reason", *command, "--max_steps", 6, "--resume", "--out", tmp_path / "half")[0] == 0
     a, b = (load_checkpoint(tmp_path / f"{name}/diffusion/last.pt", "reason") for name in ("whole", "half"))
-    assert a["step"] == b["step"] == 6 and all(torch.equal(a["ema"][k], b["ema"][k]) for k in a["ema"])
+    assert a["step"] == b["step"] == 6 and all(torch.equal(a[part][k], b[part][k]) for part in ("model", "ema") for k in a["ema"])
+    scores = [[(r["step"], r["answer"], r["chain"]) for r in csv.DictReader(open(tmp_path / f"{name}/diffusion/eval.csv"))] for name in ("whole", "half")]
+    assert scores[0][0][0] == "3" and scores[0][-1] == scores[1][-1] and len(scores[0]) == 2
 
 
 def test_a_training_ends_after_its_seconds_and_goes_on_when_given_more(tmp_path, cli):
@@ -333,8 +344,8 @@ def test_snapshots_stand_in_the_context_but_not_in_the_target(monkeypatch, tmp_p
         return x0, y
 
     monkeypatch.setattr(reason.Layout, "chain", spy)
-    assert cli("reason", *SUMS, "--snapshot", 0.5, "--max_steps", 20, "--stage", "diffusion", "--out", tmp_path)[0] == 0
-    assert len(seen) == 20 and all(same for same, _ in seen) and 0.2 < sum(share for _, share in seen) / 20 < 0.6
+    assert cli("reason", *SUMS, "--snapshot", 1, "--max_steps", 20, "--stage", "diffusion", "--out", tmp_path)[0] == 0
+    assert len(seen) == 20 and all(same for same, _ in seen) and sum(share for _, share in seen) / 20 > 0.55
 
 
 def test_the_experiment_on_self_correction(tmp_path, cli):
@@ -350,22 +361,47 @@ def test_one_digit_is_spoilt():
 
     rng = random.Random(0)
     for _ in range(50):
-        bad = reason.spoil(None, "+ 0 4 8 ( 1 )", rng)
+        bad = reason.spoil("+ 0 4 8 ( 1 )", "0148", rng)
         differ = [i for i, (a, b) in enumerate(zip("+ 0 4 8 ( 1 )", bad)) if a != b]
-        assert len(differ) == 1 and bad[differ[0]].isdigit()
+        assert len(differ) == 1 and bad[differ[0]] in "0148"
 
 
 def test_latents_and_gsm8k_run(tmp_path, cli):
     path = write_gsm(tmp_path / "gsm.jsonl")
-    for flags in ([], ["--passes", "single"], ["--process", "gaussian", "--form", "text"], LATENTS):
-        status, printed = cli("reason", "--dataset", path, *SMALL_REASON, *flags, "--max_steps", 2, "--score_n", 5, "--out", tmp_path / f"out{len(flags)}")
+    for flags in ([], ["--passes", "single"], ["--process", "gaussian", "--form", "text"], LATENTS, [*LATENTS, "--passes", "single"]):
+        status, printed = cli("reason", "--dataset", path, *SMALL_REASON, *flags, "--max_steps", 2, "--score_n", 5, "--log_every", 2, "--out", tmp_path / f"out{len(flags)}")
         assert status == 0 and "GPT-2, answer" in printed, printed
+    status, printed = cli("reason", "--dataset", path, *SMALL_REASON, "--stage", "correct", "--max_steps", 2, "--score_n", 5, "--out", tmp_path / "correct")
+    assert status == 0 and "thought 1 spoilt" in printed, printed
+    status, printed = cli("reason", "--sample_from", tmp_path / "out0/diffusion/last.pt", "--prompt", "Tom has 3 pens and buys 995. How many?")
+    assert status == 0 and "chain     " in printed, printed
+    status, printed = cli("reason", "--sample_from", tmp_path / "out0/diffusion/last.pt", "--prompt", "Zoë?")
+    assert status == 2 and "'ë'" in printed and "has never seen" in printed, printed
+
+
+def test_what_the_vae_writes_of_codes_of_noise_can_be_read_again():
+    facts = dict(alphabet="0123", widths=[3, 3, 3], varies=False)
+    cfg = reason.Config(codec="latents", process="gaussian", predict="v", k=2, d=4, vae_width=16, vae_depth=1, width=32, depth=1, steps=2)
+    vae = reason.build_vae(cfg, facts, CPU)
+    for p in vae.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    for passes in ("multi", "single"):
+        thinker = reason.build(dataclasses.replace(cfg, passes=passes), facts, dict(vae=vae.state_dict(), mean=torch.zeros(2, 4), std=torch.ones(2, 4)), CPU)
+        assert thinker.think(thinker.encode(["0 1"] * 40, [[]] * 40).q, 0).shape == (40, 4, 4)
+        assert any(len(text) > 2 for text in thinker.codec.decode(torch.randn(40, 2, 4)))
+
+
+def test_a_checkpoint_is_sampled_with_the_settings_of_its_own_process(tmp_path, cli):
+    assert cli("reason", *SUMS, "--process", "gaussian", "--T", 2000, "--max_steps", 2, "--stage", "diffusion", "--out", tmp_path)[0] == 0
+    status, printed = cli("reason", "--sample_from", tmp_path / "diffusion/last.pt", "--prompt", "1 + 2 + 3", "--sampler", "dpm++", "--steps", 1500)
+    assert status == 0 and "chain     " in printed, printed
 
 
 def test_two_processes(tmp_path):
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "reason.py", *SUMS, "--out", tmp_path, "--max_steps", 2, "--stage", "diffusion"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "reason.py", *SUMS, "--out", tmp_path, "--max_steps", 4, "--sample_every", 2, "--log_every", 1, "--score_n", 5]
     done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and load_checkpoint(tmp_path / "diffusion/last.pt", "reason")["step"] == 2, done.stderr
+    assert done.returncode == 0 and load_checkpoint(tmp_path / "diffusion/last.pt", "reason")["step"] == 4, done.stderr
+    assert done.stdout.count("score: ") == done.stdout.count("GPT-2, answer") == done.stdout.count("is finished") + 1 == 1, done.stdout
 
 
 @pytest.mark.parametrize("flags, wanted", [
@@ -375,7 +411,8 @@ def test_two_processes(tmp_path):
     (["--weight", "min-snr"], "--weight min-snr is not one of --process masked"), (["--sampler", "ddim"], "--sampler ddim is not one of --process masked"),
     (["--snapshot", 0.5, "--passes", "single"], "needs --passes multi"), (["--dataset", "sudoku"], "no data set 'sudoku'"), (["--dataset", "gsm8k"], "could not be had from the hub"),
     (["--dataset", "no.txt"], "no file no.txt"), (["--dataset", "sums", "--terms", 2, "--batch_size", 500], "86 training problems, fewer than a batch of 500"),
-    (["--stage", "correct", "--passes", "single"], "needs --passes multi"), (["--sample_from", "no.pt"], "no checkpoint at no.pt"), (["--max_thoughts", 2], "3 thoughts, more than"),
+    (["--dataset", "no.jsonl"], "no file no.jsonl; without a network use --dataset sums"), (["--dataset", "."], "has no train.jsonl"), (["--temperature", -1], "temperature must be at least 0"),
+    (["--stage", "correct", "--passes", "single"], "needs --passes multi"), (["--stage", "correct", "--dataset", "sums", "--terms", 2], "needs test problems with a thought"), (["--sample_from", "no.pt"], "no checkpoint at no.pt"), (["--max_thoughts", 2], "3 thoughts, more than"),
 ])  # fmt: skip
 def test_mistake_is_one_message_and_status_2(flags, wanted, tmp_path, cli, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -387,7 +424,7 @@ def test_mistake_is_one_message_and_status_2(flags, wanted, tmp_path, cli, monke
 @pytest.mark.parametrize("rows, wanted", [
     (GSM[:3] + [dict(question="How?", answer="I do not know.")], "row 4: no '#### number'"), (GSM[:3] + [dict(question="", answer="#### 3")], "row 4: question is ''"),
     ([dict(prompt="x", answer="#### 3")], "question is None"), (GSM + [dict(question="x" * 1001, answer="#### 3")], "has 1001 characters"),
-    (GSM[:1], "both must be at least 1"),
+    (GSM[:1], "both must be at least 1"), ([dict(question=f"{i}?", answer=f"It is so.\n#### {i}") for i in range(20)], "no <<equation>> in any answer: add --form text"),
 ])  # fmt: skip
 def test_file_with_a_mistake_is_named(rows, wanted, tmp_path, cli):
     status, printed = cli("reason", "--dataset", write_gsm(tmp_path / "gsm.jsonl", rows), *SMALL_REASON, "--out", tmp_path / "out")
