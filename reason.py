@@ -44,7 +44,7 @@ class Config:
     d: int = 32  # latents: width of a code
     vae_width: int = 128  # latents: width of the VAE
     vae_depth: int = 2  # latents: blocks of its encoder and decoder
-    vae_steps: int = 2000  # latents: its optimizer steps
+    vae_steps: int = 1000  # latents: its optimizer steps
     latent_noise: float = 0.15  # latents: standard deviation of the noise on the codes that its decoder learns from
     # -- diffusion --
     process: Literal["masked", "gaussian"] = "masked"  # tokens: masked one by one; any codec: Gaussian noise on its vectors
@@ -59,7 +59,7 @@ class Config:
     width: int = 128  # width of the denoiser
     depth: int = 4  # blocks of the denoiser
     # -- optimisation --
-    max_steps: int = 2000  # optimizer steps
+    max_steps: int = 1000  # optimizer steps
     batch_size: int = 256  # problems of a step
     lr: float = 2e-3  # AdamW's learning rate after warm-up
     warmup: int = 200  # steps of linear warm-up

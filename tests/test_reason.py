@@ -235,20 +235,20 @@ def test_baselines_chains_come_back_from_their_targets(varied):
 
 # -- learning -----------------------------------------------------------------------------------------------------------
 
-LEARN = "--dataset sums --terms 3 --train_n 100 --width 64 --depth 2 --batch_size 64 --lr 3e-3 --warmup 20 --no-compare --stage diffusion --sample_every 400 --log_every 100".split()
+LEARN = "--dataset sums --terms 3 --train_n 30 --width 64 --depth 2 --batch_size 30 --lr 3e-3 --warmup 20 --no-compare --stage diffusion --sample_every 400 --log_every 100".split()
 
 
 @pytest.mark.parametrize("flags", [
-    ["--max_steps", 1500], ["--max_steps", 1500, "--passes", "single"], ["--max_steps", 1500, "--process", "gaussian", "--self_condition", 0.5],
-    ["--max_steps", 2500, "--codec", "latents", "--process", "gaussian", "--predict", "x0", "--k", 2, "--d", 16, "--vae_width", 64, "--vae_depth", 1, "--vae_steps", 400],  # fmt: skip
+    ["--max_steps", 600], ["--max_steps", 600, "--passes", "single"], ["--max_steps", 800, "--process", "gaussian", "--self_condition", 0.5],
+    ["--max_steps", 1000, "--codec", "latents", "--process", "gaussian", "--predict", "x0", "--k", 2, "--d", 16, "--vae_width", 64, "--vae_depth", 1, "--vae_steps", 300],  # fmt: skip
 ], ids=["masked", "single-pass", "gaussian", "latents"])  # fmt: skip
 def test_a_tiny_task_is_learned_by_heart(flags, tmp_path, cli):
-    """A hundred sums of three digits, two thoughts each, the ones that training has: each codec, process and pass mode answers all of them."""
+    """Thirty sums of three digits, two thoughts each, the ones that training has: each codec, process and pass mode answers all of them."""
     status, printed = cli("reason", *LEARN, *flags, "--out", tmp_path)
     assert status == 0, printed
     cfg = reason.Config(**load_checkpoint(tmp_path / "diffusion/last.pt", "reason")["config"])
     thinker, _ = reason.load_thinker(cfg, tmp_path / "diffusion/last.pt", CPU)
-    problems = load_problems("sums", terms=3, n=100)
+    problems = load_problems("sums", terms=3, n=30)
     scores = thinker.score(thinker.encode(problems.question, problems.thoughts), 0)
     assert scores["answer"] == scores["chain"] == 1.0, scores
 
