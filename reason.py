@@ -628,12 +628,13 @@ def learning_curves(runs: dict[str, Path], path: Path) -> Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, folder in runs.items():
+    fig, ax = plt.subplots(figsize=(9, 4), layout="constrained")
+    for i, (name, folder) in enumerate(runs.items()):
         rows = list(csv.DictReader(open(folder / "eval.csv")))
-        ax.plot([float(r["seconds"]) for r in rows], [float(r["answer"]) for r in rows], label=name)
+        style = dict(color="black", linestyle=":" if "answer" in name else "--") if name.startswith("GPT-2") else dict(color=f"C{i}")
+        ax.plot([float(r["seconds"]) for r in rows], [float(r["answer"]) for r in rows], label=name, **style)
     ax.set(xlabel="training seconds", ylabel="share of right answers, test problems", ylim=(0, 1.02))
-    ax.legend()
+    fig.legend(loc="outside right upper")
     fig.savefig(path, dpi=120)
     plt.close(fig)
     return path
@@ -685,13 +686,13 @@ def correct(cfg: Config, facts: dict, problems: Problems, device) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    fig, ax = plt.subplots(figsize=(9, 3.5), layout="constrained")
     bars = [(f"snapshot {s:g}{round_}", [pair[j] for pair in rows.values()]) for s, rows in results.items() for j, round_ in enumerate(("", ", second round"))]
     for i, (name, values) in enumerate(bars):
         ax.bar([x + i / 5 for x in range(len(values))], values, width=1 / 5, label=name)
     ax.set_xticks([x + 0.3 for x in range(len(rows))], rows)
-    ax.set(ylabel="right answers", ylim=(0, 1.02))
-    ax.legend()
+    ax.set(ylabel="share of right answers", ylim=(0, 1.02))
+    fig.legend(loc="outside right upper")
     fig.savefig(Path(cfg.out) / "correct.png", dpi=120)
     plt.close(fig)
     print("wrote", Path(cfg.out) / "correct.png")
