@@ -530,9 +530,9 @@ class Tokens:
     def snap(self, x0: Tensor) -> Tensor:
         return self.vectors(x0.argmax(-1))
 
-    def draw(self, x0: Tensor) -> Tensor:
-        """As snap, but tokens are drawn where x0 holds probabilities."""
-        p = x0.clamp(min=0) + 1e-6
+    def draw(self, x0: Tensor, temperature: float) -> Tensor:
+        """As snap, but tokens are drawn where x0 holds probabilities, at a temperature above 0."""
+        p = x0.clamp(min=0) ** (1 / temperature)
         return self.vectors(torch.multinomial(p.flatten(0, -2), 1).view(p.shape[:-1]))
 
     def text(self, ids: list[int]) -> str:

@@ -56,6 +56,7 @@ class Config:
     weight: Literal["plain", "min-snr", "elbo"] = "plain"  # weight of a step's loss: min-snr for gaussian, elbo for masked, plain for both
     self_condition: float = 0.0  # share of steps in which the denoiser sees its first guess
     snapshot: float = 0.0  # multi: share of training chains whose earlier thoughts are the model's own guesses of them
+    snapshot_temperature: float = 3.0  # tokens: of those guesses; at 1 a model that has learned its task makes no errors to learn from
     width: int = 128  # width of the denoiser
     depth: int = 4  # blocks of the denoiser
     # -- optimisation --
@@ -90,7 +91,7 @@ class Config:
 
     kind = "reason"
     fixed = tuple(
-        "dataset digits terms train_n form max_question max_thoughts codec k d vae_width vae_depth latent_noise process passes T schedule shift predict weight self_condition snapshot width depth batch_size seed".split()
+        "dataset digits terms train_n form max_question max_thoughts codec k d vae_width vae_depth latent_noise process passes T schedule shift predict weight self_condition snapshot snapshot_temperature width depth batch_size seed".split()
     )
 
     def __post_init__(self):
@@ -105,6 +106,7 @@ class Config:
         need("self_condition snapshot ema_decay", 0, 1)
         need("seed", 0, 2**32)
         need("lr", 1e-9, 1)
+        need("snapshot_temperature", 0.1, 100)
         need("shift", 0.01, 100)
         need("steps", 1, self.T)
         if (self.temperature or 0) < 0:
@@ -130,7 +132,7 @@ class Config:
 # -- codecs: texts to vectors and back ----------------------------------------------------------------------------------
 # A codec has d, the width of a vector; length(longest), the vectors of a text of at most `longest` characters; encode(texts, longest), what is
 # stored of each; vectors(stored), x0 (B, length, d); snap(x0), the nearest vectors that stand for a text; draw(x0), likewise but
-# drawn where x0 holds probabilities; decode(x0), the texts. The other codec is data.Tokens.
+# drawn, at a temperature, where x0 holds probabilities; decode(x0), the texts. The other codec is data.Tokens.
 
 
 class Latents:
@@ -153,7 +155,7 @@ class Latents:
     def snap(self, x0: Tensor) -> Tensor:
         return self.encode(self.decode(x0))
 
-    def draw(self, x0: Tensor) -> Tensor:
+    def draw(self, x0: Tensor, temperature: float) -> Tensor:
         return x0
 
     def decode(self, x0: Tensor) -> list[str]:
@@ -454,7 +456,7 @@ def train_diffusion(cfg: Config, facts: dict, problems: Problems, device) -> Non
         q, r, count = split.q[batch], split.r[batch], None if split.count is None else split.count[batch]
         x0, y = layout.chain(codec, q, r, count)
         if cfg.snapshot:
-            own = codec.draw(process.guess(model, x0, y))
+            own = codec.draw(process.guess(model, x0, y), cfg.snapshot_temperature)
             keep = torch.rand(len(x0), 1, 1, device=device) >= cfg.snapshot
             x0, y = layout.chain(codec, q, r, count, snapshots=torch.where(keep, x0, own))
         return process.loss(model, x0, y)

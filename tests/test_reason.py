@@ -124,10 +124,13 @@ def test_tokens_come_back():
         full.encode(["x"], 12)
 
 
-def test_draw_draws_by_the_probabilities():
+def test_draw_draws_by_the_probabilities_and_keeps_what_is_known():
     torch.manual_seed(0)
-    p = torch.tensor([0.0, 0.7, 0.3]).expand(4000, 1, 3)
-    assert (Tokens("ab").draw(p).mean((0, 1)) - p[0, 0]).abs().max() < 0.03
+    p = torch.tensor([0.0, 0.8, 0.2]).expand(4000, 1, 3)
+    assert (Tokens("ab").draw(p, 1.0).mean((0, 1)) - p[0, 0]).abs().max() < 0.03
+    assert (Tokens("ab").draw(p, 2.0).mean((0, 1)) - torch.tensor([0, 2 / 3, 1 / 3])).abs().max() < 0.03
+    one = Tokens("ab").vectors(torch.tensor([[0, 1, 2]]))
+    assert torch.equal(Tokens("ab").draw(one, 9.0), one)
 
 
 @pytest.fixture(scope="module")
