@@ -23,8 +23,8 @@ from training import Run, UserError, autocast, is_main, load_checkpoint, load_we
 from vae import LabelGPT, TextVAE, backbone, corrupt, small_backbones, small_gpt
 
 SIZES = {  # what a field left at 0 or "" becomes
-    "tiny": dict(encoder="scratch", decoder="scratch", max_tokens=64, d=64, lr=1e-3, vae_steps=6000, vae_batch=32, width=192, depth=6, diffusion_steps=3000, diffusion_batch=128),
-    "base": dict(encoder="bert-base-uncased", decoder="gpt2", max_tokens=256, d=128, lr=1e-4, vae_steps=50_000, vae_batch=128, width=768, depth=12, diffusion_steps=100_000, diffusion_batch=256),
+    "tiny": dict(encoder="scratch", decoder="scratch", max_tokens=64, lr=1e-3, vae_steps=6500, vae_batch=32, width=192, depth=6, diffusion_steps=3000, diffusion_batch=128),
+    "base": dict(encoder="bert-base-uncased", decoder="gpt2", max_tokens=256, lr=1e-4, vae_steps=50_000, vae_batch=128, width=768, depth=12, diffusion_steps=100_000, diffusion_batch=256),
 }
 
 ALARM_FROM = 1000  # steps of the VAE before which its codes may still be ignored
@@ -47,14 +47,15 @@ class Config:
     vocab: int = 2048  # scratch: tokens of the BPE that is trained on the texts
     vae_width: int = 192  # scratch: width of encoder and decoder
     vae_depth: int = 3  # scratch: blocks of encoder and decoder
-    k: int = 16  # codes of a text: the encoder's first k states
-    d: int = 0  # width of a code
+    k: int = 16  # codes of a text
+    span: int = 0  # neighbouring states of the encoder that a code is the mean of; 0: max_tokens / k; 1: the first k states, as PLANNER's
+    d: int = 256  # width of a code: wide, so that what noise takes from one number another still says
     tanh: bool = True  # bound the codes to (-1, 1)
     variance: Literal["fixed", "learned"] = "fixed"  # of the codes: fixed noise, or PLANNER's learned one with a KL term
-    latent_noise: float = 0.15  # fixed: standard deviation of the noise on the codes that the decoder learns from
+    latent_noise: float = 0.5  # fixed: standard deviation of the noise on the codes that the decoder learns from
     beta: float = 0.0  # weight of the KL, in nats a text
     corrupt: Literal["sub", "mask"] = "sub"  # the encoder's input noise: random tokens, or the mask token
-    p_max: float = 0.3  # each text is corrupted at a rate drawn from 0..p_max
+    p_max: float = 0.5  # each text is corrupted at a rate drawn from 0..p_max
     vae_steps: int = 0  # optimizer steps of the VAE
     vae_batch: int = 0  # texts of its step
     # -- diffusion --
@@ -101,7 +102,7 @@ class Config:
 
     kind = "textgen"
     vae_fixed = tuple(
-        "dataset text_column label_column max_tokens encoder decoder vocab vae_width vae_depth k d tanh variance latent_noise beta corrupt p_max seed".split()
+        "dataset text_column label_column max_tokens encoder decoder vocab vae_width vae_depth k span d tanh variance latent_noise beta corrupt p_max seed".split()
     )
     fixed = (*vae_fixed, *"condition_column condition T schedule shift predict weight self_condition label_drop width depth".split())
 
@@ -110,12 +111,14 @@ class Config:
             if not getattr(self, name):
                 object.__setattr__(self, name, value)
 
+        object.__setattr__(self, "span", self.span or max(1, self.max_tokens // self.k))
+
         def need(names, low, high=math.inf):
             for name in names.split():
                 if not low <= getattr(self, name) <= high:
                     raise ValueError(f"{name} must be in [{low}, {high}], got {getattr(self, name)}")
 
-        need("k d vae_depth depth vae_steps vae_batch diffusion_steps diffusion_batch T log_every sample_every save_every", 1)
+        need("k span d vae_depth depth vae_steps vae_batch diffusion_steps diffusion_batch T log_every sample_every save_every", 1)
         need("warmup max_steps batch_size score_n latent_noise beta", 0)
         need("max_tokens", 4, 1024 - self.k)  # GPT-2 has 1024 positions
         need("vocab", 300, 100_000)  # 256 bytes and something
@@ -171,6 +174,8 @@ def cut(cfg: Config, codec: Codec, texts: Texts, split: str) -> Pieces:
     if not rows:
         raise UserError(f"--condition prefix needs texts of more than --max_tokens {cfg.max_tokens} tokens: no text of the {split} split is cut in two")
     x, y, c = map(list, zip(*rows))
+    if split == "train" and is_main() and (long := sum(not codec.fits(text) for text in c)):
+        print(f"{long} of {len(c)} conditions are longer than {cfg.max_tokens} tokens (--max_tokens): what is beyond is not read")
     return Pieces(x, torch.tensor(y), c, *codec.encode(x))
 
 
@@ -212,7 +217,7 @@ def build_vae(cfg: Config, facts: dict, device: torch.device, load: bool = True)
     limit = min(parts[0].config.max_position_embeddings, parts[1].config.n_positions - cfg.k)
     if cfg.max_tokens > limit:
         raise UserError(f"--max_tokens {cfg.max_tokens}, but {cfg.encoder} and {cfg.decoder} take at most {limit} with {cfg.k} codes")
-    how = dict(tanh=cfg.tanh, variance=cfg.variance, noise=cfg.latent_noise, beta=cfg.beta, p_max=cfg.p_max)
+    how = dict(span=cfg.span, tanh=cfg.tanh, variance=cfg.variance, noise=cfg.latent_noise, beta=cfg.beta, p_max=cfg.p_max)
     return TextVAE(*parts, cfg.k, cfg.d, codec.eos, mask_id=codec.mask if cfg.corrupt == "mask" else None, **how).to(device)
 
 
@@ -451,16 +456,21 @@ def tag(cfg: Config) -> str:
     return f"{cfg.sampler}_{cfg.steps}_guidance{cfg.guidance:g}_seed{cfg.seed}"
 
 
-def sample(bundle: Bundle, out: Path) -> None:
-    """Write samples of every class, or what follows --prompt."""
+def sample(bundle: Bundle, out: Path, texts: Texts | None = None) -> None:
+    """Write samples of every class; or what follows --prompt, or follows four conditions of the test split, beside what followed there."""
     cfg = bundle.cfg
-    if cfg.condition in ("prefix", "column"):
-        if not cfg.prompt:
-            raise UserError(f"this checkpoint goes on from a text (--condition {cfg.condition}): give one with --prompt")
-        texts = bundle.sample(torch.full((4,), -1), [cfg.prompt] * 4, cfg.seed)
-        lines = [f"given  {cfg.prompt}", *(f"new    {text}" for text in texts)]
-    else:
+    if cfg.condition not in ("prefix", "column"):
         lines = bundle.labelled(4)
+    elif cfg.prompt:
+        if not bundle.codec.fits(cfg.prompt):
+            raise UserError(f"--prompt is longer than the {cfg.max_tokens} tokens, with an end token, that this checkpoint reads: shorten it")
+        lines = [f"given  {cfg.prompt}", *(f"new    {text}" for text in bundle.sample(torch.full((4,), -1), [cfg.prompt] * 4, cfg.seed))]
+    elif texts:
+        test = cut(cfg, bundle.codec, texts, "test")
+        new = bundle.sample(test.y[:4], test.c[:4], cfg.seed)
+        lines = [line for c, x, text in zip(test.c, test.x, new) for line in (f"given  {c}", f"new    {text}", f"real   {x}", "")]
+    else:
+        raise UserError(f"this checkpoint goes on from a text (--condition {cfg.condition}): give one with --prompt")
     print("wrote", show(out, f"samples_{tag(cfg)}", lines))
 
 
@@ -584,8 +594,15 @@ def score(bundle: Bundle, texts: Texts, out: Path, seconds: float) -> None:
 # -- main ---------------------------------------------------------------------------------------------------------------
 
 
+def plain_attention(device: torch.device) -> None:
+    """On a CPU, attention by plain products: at these lengths the backward pass of its flash kernel takes half of a step."""
+    if device.type == "cpu":
+        torch.backends.cuda.enable_flash_sdp(False)  # the switch is the CPU's too, despite its name
+
+
 def main(cfg: Config) -> None:
     device = pick_device(cfg.device)
+    plain_attention(device)
     given = cfg.sample_from or cfg.score_from
     cfg = dataclasses.replace(cfg, out=cfg.out or (str(Path(given).parent) if given else f"out/{Path(cfg.dataset).stem.lower()}"))
     if cfg.sample_from:
@@ -606,8 +623,8 @@ def main(cfg: Config) -> None:
     path = Path(cfg.out) / "diffusion" / "last.pt"
     if cfg.stage in ("all", "sample", "score") and is_main():
         bundle = load_bundle(cfg, path, device)
-        if cfg.stage != "score" and (cfg.condition in ("none", "label") or cfg.prompt):
-            sample(bundle, path.parent)
+        if cfg.stage != "score":
+            sample(bundle, path.parent, texts)
         if cfg.stage == "score" or cfg.stage == "all" and cfg.score_n:
             score(bundle, texts, path.parent, seconds(path, cfg))
         print(f"sample again: python textgen.py --sample_from {shlex.quote(str(path))}")

@@ -195,6 +195,10 @@ def test_reviews_of_a_file_with_prefix_and_with_a_column_as_condition(tmp_path, 
         flags = ["--dataset", path, *SMALL_TEXT, "--vae_steps", 3, "--diffusion_steps", 3, "--score_n", 6, "--out", out, "--condition", *condition]
         status, printed = cli("textgen", *flags)
         assert status == 0 and "AuBLEU" in printed, printed
+        shown = (out / "diffusion/samples/samples_dpm++_4_guidance1_seed0.txt").read_text()
+        assert shown.count("\ngiven  ") == 3 and shown.count("\nreal   ") == 4, shown  # four held-out conditions
+        status, printed = cli("textgen", "--sample_from", out / "diffusion/last.pt", "--prompt", "what is 3? " * 99)
+        assert status == 2 and "longer than the 64 tokens" in printed
         status, printed = cli("textgen", "--sample_from", out / "diffusion/last.pt")
         assert status == 2 and "--prompt" in printed
         status, printed = cli("textgen", "--sample_from", out / "diffusion/last.pt", "--prompt", "what is 3?")
