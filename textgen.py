@@ -23,7 +23,7 @@ from training import Run, UserError, autocast, is_main, load_checkpoint, load_we
 from vae import LabelGPT, TextVAE, backbone, corrupt, small_backbones, small_gpt
 
 SIZES = {  # what a field left at 0 or "" becomes
-    "tiny": dict(encoder="scratch", decoder="scratch", max_tokens=64, lr=1e-3, vae_steps=6500, vae_batch=32, width=192, depth=6, diffusion_steps=3000, diffusion_batch=128),
+    "tiny": dict(encoder="scratch", decoder="scratch", max_tokens=64, lr=1e-3, vae_steps=2000, vae_batch=32, width=192, depth=6, diffusion_steps=3500, diffusion_batch=128),
     "base": dict(encoder="bert-base-uncased", decoder="gpt2", max_tokens=256, lr=1e-4, vae_steps=50_000, vae_batch=128, width=768, depth=12, diffusion_steps=100_000, diffusion_batch=256),
 }
 
@@ -52,19 +52,19 @@ class Config:
     d: int = 256  # width of a code: wide, so that what noise takes from one number another still says
     tanh: bool = True  # bound the codes to (-1, 1)
     variance: Literal["fixed", "learned"] = "fixed"  # of the codes: fixed noise, or PLANNER's learned one with a KL term
-    latent_noise: float = 0.5  # fixed: standard deviation of the noise on the codes that the decoder learns from
+    latent_noise: float = 0.3  # fixed: standard deviation of the noise on the codes that the decoder learns from
     beta: float = 0.0  # weight of the KL, in nats a text
     corrupt: Literal["sub", "mask"] = "sub"  # the encoder's input noise: random tokens, or the mask token
-    p_max: float = 0.5  # each text is corrupted at a rate drawn from 0..p_max
+    p_max: float = 0.3  # each text is corrupted at a rate drawn from 0..p_max
     vae_steps: int = 0  # optimizer steps of the VAE
     vae_batch: int = 0  # texts of its step
     # -- diffusion --
     condition: Literal["none", "label", "prefix", "column"] = "label"  # the class; the text before; or the text in --condition_column
     T: int = 1000  # timesteps of the forward process
     schedule: Literal["cosine", "linear"] = "cosine"  # noise schedule
-    shift: float = 1.0  # above 1: more of the steps at high noise
+    shift: float = 2.0  # above 1: more of the steps at high noise
     predict: Literal["x0", "v", "eps"] = "v"  # what the denoiser's output means
-    weight: Literal["min-snr", "plain"] = "min-snr"  # weight of a step's loss
+    weight: Literal["min-snr", "plain"] = "plain"  # weight of a step's loss
     self_condition: float = 0.5  # share of steps in which the denoiser sees its first guess
     label_drop: float = 0.1  # share of conditions dropped, for guidance
     width: int = 0  # width of the denoiser
