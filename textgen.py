@@ -23,7 +23,7 @@ from training import Run, UserError, autocast, is_main, load_checkpoint, load_we
 from vae import LabelGPT, TextVAE, backbone, corrupt, small_backbones, small_gpt
 
 SIZES = {  # what a field left at 0 or "" becomes
-    "tiny": dict(encoder="scratch", decoder="scratch", max_tokens=64, lr=1e-3, vae_steps=2000, vae_batch=32, width=192, depth=6, diffusion_steps=3500, diffusion_batch=128),
+    "tiny": dict(encoder="scratch", decoder="scratch", max_tokens=64, lr=1e-3, vae_steps=2000, vae_batch=32, width=192, depth=6, diffusion_steps=2500, diffusion_batch=128),
     "base": dict(encoder="bert-base-uncased", decoder="gpt2", max_tokens=256, lr=1e-4, vae_steps=50_000, vae_batch=128, width=768, depth=12, diffusion_steps=100_000, diffusion_batch=256),
 }
 
@@ -52,7 +52,7 @@ class Config:
     d: int = 256  # width of a code: wide, so that what noise takes from one number another still says
     tanh: bool = True  # bound the codes to (-1, 1)
     variance: Literal["fixed", "learned"] = "fixed"  # of the codes: fixed noise, or PLANNER's learned one with a KL term
-    latent_noise: float = 0.3  # fixed: standard deviation of the noise on the codes that the decoder learns from
+    latent_noise: float = 0.4  # fixed: standard deviation of the noise on the codes that the decoder learns from
     beta: float = 0.0  # weight of the KL, in nats a text
     corrupt: Literal["sub", "mask"] = "sub"  # the encoder's input noise: random tokens, or the mask token
     p_max: float = 0.3  # each text is corrupted at a rate drawn from 0..p_max
@@ -360,7 +360,7 @@ def train_diffusion(cfg: Config, texts: Texts, device) -> None:
         if step % cfg.sample_every == 0 and step < cfg.max_steps and run.main:
             with run.pause():
                 bundle = Bundle(cfg, codec, vae, process, run.ema.module, mean, std, facts["names"], device)
-                show(Path(cfg.out), f"{step:06}", bundle.labelled(1))
+                sample(bundle, Path(cfg.out), texts, 1, f"{step:06}")
     if run.main:
         print(f"trained {run.seconds:.0f} s; wrote {run.curve()}", flush=True)
 
@@ -378,6 +378,7 @@ class Bundle:
     std: Tensor
     names: list[str]
     device: torch.device
+    seconds: float = 0.0  # of the training of VAE and denoiser
 
     def latents(self, ids: Tensor) -> Tensor:
         """Standardised codes (N, k, d) of ids (N, L)."""
@@ -400,14 +401,6 @@ class Bundle:
     def sample(self, y: Tensor, c: list[str], seed: int) -> list[str]:
         torch.manual_seed(seed)  # for top_p
         return self.write(self.codes(y, c, seed))
-
-    def labelled(self, each: int) -> list[str]:
-        """Samples of every class, or of none, in readable form."""
-        labels = list(range(len(self.names))) if self.cfg.condition == "label" and self.names else [-1] * 4
-        y = torch.tensor(labels).repeat_interleave(each)
-        if self.cfg.condition in ("prefix", "column"):
-            return []
-        return [f"[{self.names[i] if i >= 0 else ' '}] {text}" for i, text in zip(y.tolist(), self.sample(y, [""] * len(y), self.cfg.seed))]
 
     @torch.no_grad()
     def guess(self, x0: Tensor, y, t: int, seed: int) -> Tensor:
@@ -443,42 +436,38 @@ def load_bundle(cfg: Config, path: Path, device) -> Bundle:
     vae = load_vae(cfg, facts, extra["vae"], path, device)
     process, model = build_denoiser(cfg, facts, vae, device)
     load_weights(model, checkpoint["ema"], path)
-    return Bundle(cfg, Codec(**facts["codec"]), vae, process, model.eval(), extra["mean"], extra["std"], facts["names"], device)
-
-
-def seconds(path: Path, cfg: Config) -> float:
-    """Training seconds of the diffusion's checkpoint and of its VAE."""
-    checkpoint = load_checkpoint(path, cfg.kind)
-    return checkpoint["seconds"] + checkpoint["facts"]["vae_seconds"]
+    return Bundle(cfg, Codec(**facts["codec"]), vae, process, model.eval(), extra["mean"], extra["std"], facts["names"], device, facts["vae_seconds"] + checkpoint["seconds"])
 
 
 def tag(cfg: Config) -> str:
     return f"{cfg.sampler}_{cfg.steps}_guidance{cfg.guidance:g}_seed{cfg.seed}"
 
 
-def sample(bundle: Bundle, out: Path, texts: Texts | None = None) -> None:
-    """Write samples of every class; or what follows --prompt, or follows four conditions of the test split, beside what followed there."""
+def sample(bundle: Bundle, out: Path, texts: Texts | None = None, each: int = 4, name: str = "") -> None:
+    """Write samples of every class; or what follows --prompt, or follows conditions of the test split, beside what followed there."""
     cfg = bundle.cfg
-    if cfg.condition not in ("prefix", "column"):
-        lines = bundle.labelled(4)
+    if cfg.condition in ("none", "label"):
+        names = dict(enumerate(bundle.names)) if cfg.condition == "label" and bundle.names else {-1: " "}
+        y = torch.tensor(list(names)).repeat_interleave(each)
+        lines = [f"[{names[i]}] {text}" for i, text in zip(y.tolist(), bundle.sample(y, [""] * len(y), cfg.seed))]
     elif cfg.prompt:
         if not bundle.codec.fits(cfg.prompt):
             raise UserError(f"--prompt is longer than the {cfg.max_tokens} tokens, with an end token, that this checkpoint reads: shorten it")
-        lines = [f"given  {cfg.prompt}", *(f"new    {text}" for text in bundle.sample(torch.full((4,), -1), [cfg.prompt] * 4, cfg.seed))]
+        lines = [f"given  {cfg.prompt}", *(f"new    {text}" for text in bundle.sample(torch.full((each,), -1), [cfg.prompt] * each, cfg.seed))]
     elif texts:
         test = cut(cfg, bundle.codec, texts, "test")
-        new = bundle.sample(test.y[:4], test.c[:4], cfg.seed)
-        lines = [line for c, x, text in zip(test.c, test.x, new) for line in (f"given  {c}", f"new    {text}", f"real   {x}", "")]
+        new = bundle.sample(test.y[:each], test.c[:each], cfg.seed)
+        lines = [line for c, text, x in zip(test.c, new, test.x) for line in (f"given  {c}", f"new    {text}", f"real   {x}", "")]
     else:
         raise UserError(f"this checkpoint goes on from a text (--condition {cfg.condition}): give one with --prompt")
-    print("wrote", show(out, f"samples_{tag(cfg)}", lines))
+    print("wrote", show(out, name or f"samples_{tag(cfg)}", lines))
 
 
 # -- score --------------------------------------------------------------------------------------------------------------
 
 
-def train_gpt(bundle: Bundle, train: Pieces, test: Pieces, out: Path, stage: str, seconds: float) -> LabelGPT:
-    """A GPT-2 trained in out/STAGE until its held-out loss rises or the seconds are over.
+def train_gpt(bundle: Bundle, train: Pieces, test: Pieces, out: Path, stage: str) -> LabelGPT:
+    """A GPT-2 trained in out/STAGE until its held-out loss rises, or for as long as VAE and denoiser were.
 
     The "baseline" is as large as VAE and denoiser together and is given the labels; the "judge", which gives the perplexities, is as large
     as the VAE's decoder, is not given them, and has another seed.
@@ -498,7 +487,7 @@ def train_gpt(bundle: Bundle, train: Pieces, test: Pieces, out: Path, stage: str
         load_weights(model, saved["ema"], path)
         return model.eval()
     run = Run(cfg, model, device, dict(stage=stage, texts=len(train.x)), extra=dict(done=False, best=math.inf))
-    print(f"{stage}: a GPT-2 of {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, for at most {seconds:.0f} s", flush=True)
+    print(f"{stage}: a GPT-2 of {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, for at most {bundle.seconds:.0f} s", flush=True)
     target, y = train.target.to(device), label(train.y).to(device)
     for step, batch in run.steps(len(target)):
         with autocast(device, cfg.precision):
@@ -508,7 +497,7 @@ def train_gpt(bundle: Bundle, train: Pieces, test: Pieces, out: Path, stage: str
             with run.pause():
                 now = nats(run.ema.module, label(test.y[:256]), test.target[:256], device)
             print(f"step {step}: held-out nats a token {now:.3f}", flush=True)
-            if now > run.extra["best"] or run.seconds > seconds:
+            if now > run.extra["best"] or run.seconds > bundle.seconds:
                 break
             run.extra["best"] = now
     run.extra["done"] = True
@@ -523,7 +512,7 @@ def nats(model: LabelGPT, y: Tensor, target: Tensor, device) -> float:
     return sum(ce * n for ce, n in parts) / sum(n for _, n in parts)
 
 
-def score(bundle: Bundle, texts: Texts, out: Path, seconds: float) -> None:
+def score(bundle: Bundle, texts: Texts, out: Path) -> None:
     """Print how well texts are copied through the codes, how the denoiser does at each noise level, and what its own texts are like."""
     cfg, codec, vae, device = bundle.cfg, bundle.codec, bundle.vae, bundle.device
     train, test = cut(cfg, codec, texts, "train"), cut(cfg, codec, texts, "test")
@@ -533,9 +522,10 @@ def score(bundle: Bundle, texts: Texts, out: Path, seconds: float) -> None:
     torch.manual_seed(cfg.seed)
     noisy = corrupt(ids, torch.full((len(ids),), 0.3), codec.vocab if codec.encoder == codec.decoder else vae.encoder.config.vocab_size)
     clean, robust = (metrics.bleu(greedy.write(greedy.latents(i)), x) for i in (ids, noisy))
+    copied = metrics.bleu([codec.tokenizers[0].decode([i for i in row if i >= 0]).strip() for row in noisy.tolist()], x)
     ce = alarm(vae, ids, test.target[order], device)
     print(f"score: n={len(x)} held-out pieces, seed {cfg.seed}")
-    print(f"  VAE: BLEU {clean:.1f}, of 30% substituted {robust:.1f}; nats a token with matched codes {ce['matched']:.2f}, shuffled {ce['shuffled']:.2f}, zero {ce['zero']:.2f}", flush=True)
+    print(f"  VAE: BLEU {clean:.1f}, of 30% substituted {robust:.1f} (that text itself {copied:.1f}); nats a token with matched codes {ce['matched']:.2f}, shuffled {ce['shuffled']:.2f}, zero {ce['zero']:.2f}", flush=True)
 
     few = order[:100]
     condition = conditions(cfg, codec, vae, test.y[few], [test.c[i] for i in few.tolist()], device)
@@ -556,7 +546,7 @@ def score(bundle: Bundle, texts: Texts, out: Path, seconds: float) -> None:
     guess, accuracy = metrics.text_classifier(train.x, train.y.tolist(), test.x, test.y.tolist()) if bundle.names else (None, math.nan)
     if guess:
         print(f"  label: share read as the class asked for by a classifier that is right on {accuracy:.3f} of held-out texts")
-    judge = train_gpt(bundle, train, test, out, "judge", seconds) if cfg.compare else None
+    judge = train_gpt(bundle, train, test, out, "judge") if cfg.compare else None
 
     gpt2 = None
     if cfg.score_from:  # not after every training: it may be a download
@@ -582,7 +572,7 @@ def score(bundle: Bundle, texts: Texts, out: Path, seconds: float) -> None:
     row("training", real, y)
     row("held out", held_out, test.y[: cfg.score_n])
     if cfg.compare:
-        baseline = train_gpt(bundle, train, test, out, "baseline", seconds)
+        baseline = train_gpt(bundle, train, test, out, "baseline")
         for top_p in (0.7, 0.92, 1.0):
             torch.manual_seed(cfg.seed)
             ids = [baseline.generate(baseline.read(part.to(device)), cfg.max_tokens, top_p) for part in y.split(64)]
@@ -612,7 +602,7 @@ def main(cfg: Config) -> None:
         bundle, was = load_bundle(cfg, Path(given), device), load_checkpoint(given, cfg.kind)["facts"]["checksum"]
         if was != texts.checksum():
             raise UserError(f"{cfg.dataset} is not the data that {given} was trained on (checksum {texts.checksum()}, not {was}): a score needs its training and test split")
-        return score(bundle, texts, Path(cfg.out), seconds(Path(given), cfg))
+        return score(bundle, texts, Path(cfg.out))
     for stage, train in (("vae", train_vae), ("diffusion", train_diffusion)):
         if cfg.stage in ("all", stage):
             if finished(cfg, stage):
@@ -626,7 +616,7 @@ def main(cfg: Config) -> None:
         if cfg.stage != "score":
             sample(bundle, path.parent, texts)
         if cfg.stage == "score" or cfg.stage == "all" and cfg.score_n:
-            score(bundle, texts, path.parent, seconds(path, cfg))
+            score(bundle, texts, path.parent)
         print(f"sample again: python textgen.py --sample_from {shlex.quote(str(path))}")
 
 
