@@ -52,7 +52,7 @@ class Config:
     d: int = 256  # width of a code: wide, so that what noise takes from one number another still says
     tanh: bool = True  # bound the codes to (-1, 1)
     variance: Literal["fixed", "learned"] = "fixed"  # of the codes: fixed noise, or PLANNER's learned one with a KL term
-    latent_noise: float = 0.4  # fixed: standard deviation of the noise on the codes that the decoder learns from
+    latent_noise: float = 0.3  # fixed: standard deviation of the noise on the codes that the decoder learns from
     beta: float = 0.0  # weight of the KL, in nats a text
     corrupt: Literal["sub", "mask"] = "sub"  # the encoder's input noise: random tokens, or the mask token
     p_max: float = 0.3  # each text is corrupted at a rate drawn from 0..p_max
@@ -161,8 +161,11 @@ class Pieces:
     target: Tensor
 
 
-def cut(cfg: Config, codec: Codec, texts: Texts, split: str) -> Pieces:
-    """The pieces of a split ("train", pieces overlapping, or "test"); with --condition prefix the second of each two neighbours, given the first."""
+def cut(cfg: Config, codec: Codec, texts: Texts, split: str, batch_size: int = 1) -> Pieces:
+    """The pieces of a split ("train", pieces overlapping, or "test"); with --condition prefix the second of each two neighbours, given the first.
+
+    Raises UserError where there are none, or fewer than a batch for training.
+    """
     x, y, c = (texts.x, texts.y, texts.c) if split == "train" else (texts.x_test, texts.y_test, texts.c_test)
     rows = []
     for text, label, condition in zip(x, y, c):
@@ -171,17 +174,14 @@ def cut(cfg: Config, codec: Codec, texts: Texts, split: str) -> Pieces:
             rows += [(after, label, before) for before, after in zip(pieces, pieces[1:])]
         else:
             rows += [(piece, label, condition) for piece in windows(text, codec.fits, overlap=split == "train" and cfg.condition != "column")]
+    if 0 < len(rows) < batch_size:
+        raise UserError(f"{len(rows)} pieces of text, fewer than a batch of {batch_size}: give more texts, or a smaller --batch_size")
     if not rows:
         raise UserError(f"--condition prefix needs texts of more than --max_tokens {cfg.max_tokens} tokens: no text of the {split} split is cut in two")
     x, y, c = map(list, zip(*rows))
     if split == "train" and is_main() and (long := sum(not codec.fits(text) for text in c)):
         print(f"{long} of {len(c)} conditions are longer than {cfg.max_tokens} tokens (--max_tokens): what is beyond is not read")
     return Pieces(x, torch.tensor(y), c, *codec.encode(x))
-
-
-def need_batch(n: int, batch_size: int, what: str) -> None:
-    if n < batch_size:
-        raise UserError(f"{n} {what}, fewer than a batch of {batch_size}: give more texts, or a smaller --batch_size")
 
 
 # -- VAE ----------------------------------------------------------------------------------------------------------------
@@ -245,8 +245,7 @@ def train_vae(cfg: Config, texts: Texts, device) -> None:
     facts, out = vae_facts(cfg, texts, Path(cfg.out)), Path(cfg.out)
     codec = Codec(**facts["codec"])
     vae = build_vae(cfg, facts, device)
-    train, test = cut(cfg, codec, texts, "train"), cut(cfg, codec, texts, "test")
-    need_batch(len(train.x), cfg.batch_size, "pieces of text")
+    train, test = cut(cfg, codec, texts, "train", cfg.batch_size), cut(cfg, codec, texts, "test")
     run = Run(cfg, vae, device, facts)
     if run.main:
         print(f"{cfg.dataset}: {len(texts.x)} training texts in {len(train.x)} pieces of up to {cfg.max_tokens} tokens, {len(texts.x_test)} test texts in {len(test.x)}, {len(texts.names)} classes")
@@ -263,14 +262,9 @@ def train_vae(cfg: Config, texts: Texts, device) -> None:
                 if step >= ALARM_FROM and ce["shuffled"] - ce["matched"] < 0.1:
                     print("warning: the decoder ignores the codes (posterior collapse): lower --beta or --p_max, or train longer")
     if run.main:
-        lines = reconstructions(cfg, codec, run.ema.module, test, device)
+        back = write_texts(codec, run.ema.module, encode_all(run.ema.module, test.ids[:8], device), dataclasses.replace(cfg, top_p=0.0), device)
+        lines = [line for a, b in zip(test.x, back) for line in (f"original       {a}", f"reconstruction {b}", "")]
         print(f"trained {run.seconds:.0f} s; wrote {run.curve()}, {show(out, 'reconstructions', lines)}", flush=True)
-
-
-def reconstructions(cfg: Config, codec: Codec, vae: TextVAE, test: Pieces, device) -> list[str]:
-    """Eight held-out pieces and what comes back."""
-    back = write_texts(codec, vae, encode_all(vae, test.ids[:8], device), dataclasses.replace(cfg, top_p=0.0), device)
-    return [line for a, b in zip(test.x, back) for line in (f"original       {a}", f"reconstruction {b}", "")]
 
 
 def show(out: Path, name: str, lines: list[str]) -> Path:
@@ -343,8 +337,7 @@ def train_diffusion(cfg: Config, texts: Texts, device) -> None:
     cfg, codec = stage_config(cfg, "diffusion"), Codec(**checkpoint["facts"]["codec"])
     digest = hashlib.sha256(b"".join(w.cpu().numpy().tobytes() for w in weights.values())).hexdigest()[:12]
     facts = checkpoint["facts"] | dict(stage="diffusion", checksum=texts.checksum(), vae=digest, vae_seconds=checkpoint["seconds"])
-    train = cut(cfg, codec, texts, "train")
-    need_batch(len(train.x), cfg.batch_size, "pieces of text")
+    train = cut(cfg, codec, texts, "train", cfg.batch_size)
     z = encode_all(vae, train.ids, device)
     mean, std = z.mean(0), z.std(0).clamp(min=1e-3)  # (k, d)
     z = ((z - mean) / std).to(device)
