@@ -130,6 +130,8 @@ class Config:
         need("steps", 1, self.T)
         if self.width % 16 or self.vae_width % 8:
             raise ValueError(f"width must be divisible by 16 and vae_width by 8, got {self.width} and {self.vae_width}")
+        if self.k * self.span > max(self.k, self.max_tokens):
+            raise ValueError(f"k times span must be at most max_tokens, {self.max_tokens}, got {self.k} times {self.span}")
         if self.sample_from and self.score_from:
             raise ValueError("choose one of sample_from and score_from")
         if (self.condition == "column") != bool(self.condition_column):
@@ -381,19 +383,16 @@ class Bundle:
         """The texts of standardised codes (N, k, d)."""
         return write_texts(self.codec, self.vae, x0 * self.std + self.mean, self.cfg, self.device)
 
-    def codes(self, y: Tensor, c: list[str], seed: int) -> Tensor:
-        """New standardised codes (N, k, d) for labels y (N,) and conditions c."""
+    def sample(self, y: Tensor, c: list[str], seed: int) -> list[str]:
+        """New texts for labels y (N,) and conditions c."""
+        torch.manual_seed(seed)  # for top_p
         cfg, out, generator = self.cfg, [], torch.Generator().manual_seed(seed)
         condition = conditions(cfg, self.codec, self.vae, y, c, self.device)
         for part in torch.arange(len(y)).split(256):
             settings = dict(sampler=cfg.sampler, steps=cfg.steps, eta=cfg.eta, guidance=cfg.guidance, generator=generator)
             with autocast(self.device, cfg.precision):
                 out.append(self.process.sample(self.model, (len(part), cfg.k, cfg.d), at(condition, part.to(self.device)), **settings).cpu())
-        return torch.cat(out)
-
-    def sample(self, y: Tensor, c: list[str], seed: int) -> list[str]:
-        torch.manual_seed(seed)  # for top_p
-        return self.write(self.codes(y, c, seed))
+        return self.write(torch.cat(out))
 
     @torch.no_grad()
     def guess(self, x0: Tensor, y, t: int, seed: int) -> Tensor:

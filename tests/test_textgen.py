@@ -292,6 +292,7 @@ def test_help_shows_every_field_with_its_own_comment(cli):
         ("--p_max 1.5", "p_max must be in [0, 1], got 1.5"),
         ("--max_tokens 1021", "max_tokens must be in [4, 1020], got 1021"),
         ("--width 100", "divisible by 16"),
+        ("--span 17", "k times span must be at most max_tokens, 64, got 4 times 17"),
         ("--condition column", "go together"),
         ("--dataset nothing", "no data set 'nothing'; choose grammar, tripadvisor"),
         ("--dataset nothing.csv", "no file nothing.csv"),
