@@ -541,7 +541,7 @@ def score(bundle: Bundle, texts: Texts, out: Path) -> None:
     judge = train_gpt(bundle, train, test, out, "judge") if cfg.compare else None
 
     gpt2 = None
-    if cfg.score_from:  # not after every training: it may be a download
+    if cfg.compare and cfg.score_from:  # not after every training: it may be a download
         try:
             gpt2 = metrics.gpt2_perplexity(device)
         except UserError as error:
