@@ -272,6 +272,7 @@ def planner_loss(vae: TextVAE, ids: Tensor, target: Tensor) -> Tensor:
 
 def text(cfg: Config, device) -> None:
     """Print three ratios: a step of the VAE, a step of the diffusion, and writing reviews."""
+    textgen.plain_attention(device)
     tiny = textgen.Config(dataset="grammar")
     texts = load_texts("grammar")
     facts = textgen.vae_facts(tiny, texts, Path(cfg.out))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import metrics
 from data import ANSWER, END, TASKS, Problems, Tokens, load_problems
 from diffusion import SCHEDULES, Chain, Diffusion, Masked, Transformer, noise_shift
-from training import Run, UserError, autocast, finished, is_main, load_checkpoint, load_weights, pick_device, run_script, wait
+from training import Run, UserError, autocast, finished, is_main, load_checkpoint, load_weights, pick_device, run_script, show, wait
 from vae import QuestionGPT, TextVAE, small_backbones, small_gpt
 
 
@@ -551,13 +551,6 @@ def load_thinker(cfg: Config, path: Path, device) -> tuple[Thinker, float]:
     load_weights(thinker.model, checkpoint["ema"], path)
     thinker.model.eval()
     return thinker, checkpoint["seconds"]
-
-
-def show(out: Path, name: str, lines: list[str]) -> None:
-    path = out / "samples" / f"{name}.txt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join([*lines, ""]))
-    print(f"\n-- {path} --", *lines, sep="\n", flush=True)
 
 
 def focus(thinker: Thinker, question: str) -> list[str]:

@@ -19,12 +19,12 @@ from torch import Tensor
 import metrics
 from data import Codec, Texts, grammar_rating, load_texts, pretrained_codec, train_codec, windows
 from diffusion import SCHEDULES, Diffusion, Transformer, noise_shift
-from training import Run, UserError, autocast, is_main, load_checkpoint, load_weights, pick_device, reason, run_script, wait
+from training import Run, UserError, autocast, finished, is_main, load_checkpoint, load_weights, pick_device, reason, run_script, show, wait
 from vae import LabelGPT, TextVAE, backbone, corrupt, small_backbones, small_gpt
 
 SIZES = {  # what a field left at 0 or "" becomes
-    "tiny": dict(encoder="scratch", decoder="scratch", max_tokens=64, d=64, lr=1e-3, vae_steps=6000, vae_batch=32, width=192, depth=6, diffusion_steps=3000, diffusion_batch=128),
-    "base": dict(encoder="bert-base-uncased", decoder="gpt2", max_tokens=256, d=128, lr=1e-4, vae_steps=50_000, vae_batch=128, width=768, depth=12, diffusion_steps=100_000, diffusion_batch=256),
+    "tiny": dict(encoder="scratch", decoder="scratch", max_tokens=64, lr=1e-3, vae_steps=2000, vae_batch=32, width=192, depth=6, diffusion_steps=2500, diffusion_batch=128),
+    "base": dict(encoder="bert-base-uncased", decoder="gpt2", max_tokens=256, lr=1e-4, vae_steps=50_000, vae_batch=128, width=768, depth=12, diffusion_steps=100_000, diffusion_batch=256),
 }
 
 ALARM_FROM = 1000  # steps of the VAE before which its codes may still be ignored
@@ -47,11 +47,12 @@ class Config:
     vocab: int = 2048  # scratch: tokens of the BPE that is trained on the texts
     vae_width: int = 192  # scratch: width of encoder and decoder
     vae_depth: int = 3  # scratch: blocks of encoder and decoder
-    k: int = 16  # codes of a text: the encoder's first k states
-    d: int = 0  # width of a code
+    k: int = 16  # codes of a text
+    span: int = 0  # neighbouring states of the encoder that a code is the mean of; 0: max_tokens / k; 1: the first k states, as PLANNER's
+    d: int = 256  # width of a code: wide, so that what noise takes from one number another still says
     tanh: bool = True  # bound the codes to (-1, 1)
     variance: Literal["fixed", "learned"] = "fixed"  # of the codes: fixed noise, or PLANNER's learned one with a KL term
-    latent_noise: float = 0.15  # fixed: standard deviation of the noise on the codes that the decoder learns from
+    latent_noise: float = 0.3  # fixed: standard deviation of the noise on the codes that the decoder learns from
     beta: float = 0.0  # weight of the KL, in nats a text
     corrupt: Literal["sub", "mask"] = "sub"  # the encoder's input noise: random tokens, or the mask token
     p_max: float = 0.3  # each text is corrupted at a rate drawn from 0..p_max
@@ -61,9 +62,9 @@ class Config:
     condition: Literal["none", "label", "prefix", "column"] = "label"  # the class; the text before; or the text in --condition_column
     T: int = 1000  # timesteps of the forward process
     schedule: Literal["cosine", "linear"] = "cosine"  # noise schedule
-    shift: float = 1.0  # above 1: more of the steps at high noise
+    shift: float = 2.0  # above 1: more of the steps at high noise
     predict: Literal["x0", "v", "eps"] = "v"  # what the denoiser's output means
-    weight: Literal["min-snr", "plain"] = "min-snr"  # weight of a step's loss
+    weight: Literal["min-snr", "plain"] = "plain"  # weight of a step's loss
     self_condition: float = 0.5  # share of steps in which the denoiser sees its first guess
     label_drop: float = 0.1  # share of conditions dropped, for guidance
     width: int = 0  # width of the denoiser
@@ -101,7 +102,7 @@ class Config:
 
     kind = "textgen"
     vae_fixed = tuple(
-        "dataset text_column label_column max_tokens encoder decoder vocab vae_width vae_depth k d tanh variance latent_noise beta corrupt p_max seed".split()
+        "dataset text_column label_column max_tokens encoder decoder vocab vae_width vae_depth k span d tanh variance latent_noise beta corrupt p_max seed".split()
     )
     fixed = (*vae_fixed, *"condition_column condition T schedule shift predict weight self_condition label_drop width depth".split())
 
@@ -110,12 +111,14 @@ class Config:
             if not getattr(self, name):
                 object.__setattr__(self, name, value)
 
+        object.__setattr__(self, "span", self.span or max(1, self.max_tokens // self.k))
+
         def need(names, low, high=math.inf):
             for name in names.split():
                 if not low <= getattr(self, name) <= high:
                     raise ValueError(f"{name} must be in [{low}, {high}], got {getattr(self, name)}")
 
-        need("k d vae_depth depth vae_steps vae_batch diffusion_steps diffusion_batch T log_every sample_every save_every", 1)
+        need("k span d vae_depth depth vae_steps vae_batch diffusion_steps diffusion_batch T log_every sample_every save_every", 1)
         need("warmup max_steps batch_size score_n latent_noise beta", 0)
         need("max_tokens", 4, 1024 - self.k)  # GPT-2 has 1024 positions
         need("vocab", 300, 100_000)  # 256 bytes and something
@@ -127,6 +130,8 @@ class Config:
         need("steps", 1, self.T)
         if self.width % 16 or self.vae_width % 8:
             raise ValueError(f"width must be divisible by 16 and vae_width by 8, got {self.width} and {self.vae_width}")
+        if self.k * self.span > max(self.k, self.max_tokens):
+            raise ValueError(f"k times span must be at most max_tokens, {self.max_tokens}, got {self.k} times {self.span}")
         if self.sample_from and self.score_from:
             raise ValueError("choose one of sample_from and score_from")
         if (self.condition == "column") != bool(self.condition_column):
@@ -158,8 +163,11 @@ class Pieces:
     target: Tensor
 
 
-def cut(cfg: Config, codec: Codec, texts: Texts, split: str) -> Pieces:
-    """The pieces of a split ("train", pieces overlapping, or "test"); with --condition prefix the second of each two neighbours, given the first."""
+def cut(cfg: Config, codec: Codec, texts: Texts, split: str, batch_size: int = 1) -> Pieces:
+    """The pieces of a split ("train", pieces overlapping, or "test"); with --condition prefix the second of each two neighbours, given the first.
+
+    Raises UserError where there are none, or fewer than a batch for training.
+    """
     x, y, c = (texts.x, texts.y, texts.c) if split == "train" else (texts.x_test, texts.y_test, texts.c_test)
     rows = []
     for text, label, condition in zip(x, y, c):
@@ -168,15 +176,14 @@ def cut(cfg: Config, codec: Codec, texts: Texts, split: str) -> Pieces:
             rows += [(after, label, before) for before, after in zip(pieces, pieces[1:])]
         else:
             rows += [(piece, label, condition) for piece in windows(text, codec.fits, overlap=split == "train" and cfg.condition != "column")]
+    if 0 < len(rows) < batch_size:
+        raise UserError(f"{len(rows)} pieces of text, fewer than a batch of {batch_size}: give more texts, or a smaller --batch_size")
     if not rows:
         raise UserError(f"--condition prefix needs texts of more than --max_tokens {cfg.max_tokens} tokens: no text of the {split} split is cut in two")
     x, y, c = map(list, zip(*rows))
+    if split == "train" and is_main() and (long := sum(not codec.fits(text) for text in c)):
+        print(f"{long} of {len(c)} conditions are longer than {cfg.max_tokens} tokens (--max_tokens): what is beyond is not read")
     return Pieces(x, torch.tensor(y), c, *codec.encode(x))
-
-
-def need_batch(n: int, batch_size: int, what: str) -> None:
-    if n < batch_size:
-        raise UserError(f"{n} {what}, fewer than a batch of {batch_size}: give more texts, or a smaller --batch_size")
 
 
 # -- VAE ----------------------------------------------------------------------------------------------------------------
@@ -212,7 +219,7 @@ def build_vae(cfg: Config, facts: dict, device: torch.device, load: bool = True)
     limit = min(parts[0].config.max_position_embeddings, parts[1].config.n_positions - cfg.k)
     if cfg.max_tokens > limit:
         raise UserError(f"--max_tokens {cfg.max_tokens}, but {cfg.encoder} and {cfg.decoder} take at most {limit} with {cfg.k} codes")
-    how = dict(tanh=cfg.tanh, variance=cfg.variance, noise=cfg.latent_noise, beta=cfg.beta, p_max=cfg.p_max)
+    how = dict(span=cfg.span, tanh=cfg.tanh, variance=cfg.variance, noise=cfg.latent_noise, beta=cfg.beta, p_max=cfg.p_max)
     return TextVAE(*parts, cfg.k, cfg.d, codec.eos, mask_id=codec.mask if cfg.corrupt == "mask" else None, **how).to(device)
 
 
@@ -240,8 +247,7 @@ def train_vae(cfg: Config, texts: Texts, device) -> None:
     facts, out = vae_facts(cfg, texts, Path(cfg.out)), Path(cfg.out)
     codec = Codec(**facts["codec"])
     vae = build_vae(cfg, facts, device)
-    train, test = cut(cfg, codec, texts, "train"), cut(cfg, codec, texts, "test")
-    need_batch(len(train.x), cfg.batch_size, "pieces of text")
+    train, test = cut(cfg, codec, texts, "train", cfg.batch_size), cut(cfg, codec, texts, "test")
     run = Run(cfg, vae, device, facts)
     if run.main:
         print(f"{cfg.dataset}: {len(texts.x)} training texts in {len(train.x)} pieces of up to {cfg.max_tokens} tokens, {len(texts.x_test)} test texts in {len(test.x)}, {len(texts.names)} classes")
@@ -258,39 +264,12 @@ def train_vae(cfg: Config, texts: Texts, device) -> None:
                 if step >= ALARM_FROM and ce["shuffled"] - ce["matched"] < 0.1:
                     print("warning: the decoder ignores the codes (posterior collapse): lower --beta or --p_max, or train longer")
     if run.main:
-        lines = reconstructions(cfg, codec, run.ema.module, test, device)
+        back = write_texts(codec, run.ema.module, encode_all(run.ema.module, test.ids[:8], device), dataclasses.replace(cfg, top_p=0.0), device)
+        lines = [line for a, b in zip(test.x, back) for line in (f"original       {a}", f"reconstruction {b}", "")]
         print(f"trained {run.seconds:.0f} s; wrote {run.curve()}, {show(out, 'reconstructions', lines)}", flush=True)
 
 
-def reconstructions(cfg: Config, codec: Codec, vae: TextVAE, test: Pieces, device) -> list[str]:
-    """Eight held-out pieces and what comes back."""
-    back = write_texts(codec, vae, encode_all(vae, test.ids[:8], device), dataclasses.replace(cfg, top_p=0.0), device)
-    return [line for a, b in zip(test.x, back) for line in (f"original       {a}", f"reconstruction {b}", "")]
-
-
-def show(out: Path, name: str, lines: list[str]) -> Path:
-    """Print the lines and write them to samples/NAME.txt."""
-    path = out / "samples" / f"{name}.txt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join([*lines, ""]))
-    print(f"\n-- {name} --", *lines, sep="\n", flush=True)
-    return path
-
-
 # -- diffusion ----------------------------------------------------------------------------------------------------------
-
-
-def finished(cfg: Config, stage: str) -> bool:
-    """Whether the stage has a checkpoint that needs no more training. Raises UserError where that has other settings than cfg."""
-    cfg = stage_config(cfg, stage)
-    path = Path(cfg.out) / "last.pt"
-    if not path.exists():
-        return False
-    checkpoint = load_checkpoint(path, cfg.kind)
-    for name in cfg.fixed:
-        if checkpoint["config"][name] != getattr(cfg, name):
-            raise UserError(f"--{name} {getattr(cfg, name)}, but {path} was trained with {checkpoint['config'][name]}: keep it, or choose another --out")
-    return checkpoint["step"] >= cfg.max_steps 
 
 
 def build_denoiser(cfg: Config, facts: dict, vae: TextVAE, device) -> tuple[Diffusion, Transformer]:
@@ -331,15 +310,14 @@ def load_vae(cfg: Config, facts: dict, weights: dict, path, device) -> TextVAE:
 def train_diffusion(cfg: Config, texts: Texts, device) -> None:
     path = Path(cfg.out) / "vae" / "last.pt"
     checkpoint = load_checkpoint(path, cfg.kind)
-    if not finished(cfg, "vae"):
+    if not finished(stage_config(cfg, "vae")):
         raise UserError(f"the VAE in {path} is at step {checkpoint['step']}, before its last: add --resume, with --stage all or vae")
     weights = checkpoint["ema"]
     vae = load_vae(cfg, checkpoint["facts"], weights, path, device)
     cfg, codec = stage_config(cfg, "diffusion"), Codec(**checkpoint["facts"]["codec"])
     digest = hashlib.sha256(b"".join(w.cpu().numpy().tobytes() for w in weights.values())).hexdigest()[:12]
     facts = checkpoint["facts"] | dict(stage="diffusion", checksum=texts.checksum(), vae=digest, vae_seconds=checkpoint["seconds"])
-    train = cut(cfg, codec, texts, "train")
-    need_batch(len(train.x), cfg.batch_size, "pieces of text")
+    train = cut(cfg, codec, texts, "train", cfg.batch_size)
     z = encode_all(vae, train.ids, device)
     mean, std = z.mean(0), z.std(0).clamp(min=1e-3)  # (k, d)
     z = ((z - mean) / std).to(device)
@@ -355,7 +333,7 @@ def train_diffusion(cfg: Config, texts: Texts, device) -> None:
         if step % cfg.sample_every == 0 and step < cfg.max_steps and run.main:
             with run.pause():
                 bundle = Bundle(cfg, codec, vae, process, run.ema.module, mean, std, facts["names"], device)
-                show(Path(cfg.out), f"{step:06}", bundle.labelled(1))
+                sample(bundle, Path(cfg.out), texts, 1, f"{step:06}")
     if run.main:
         print(f"trained {run.seconds:.0f} s; wrote {run.curve()}", flush=True)
 
@@ -373,6 +351,7 @@ class Bundle:
     std: Tensor
     names: list[str]
     device: torch.device
+    seconds: float = 0.0  # of the training of VAE and denoiser
 
     def latents(self, ids: Tensor) -> Tensor:
         """Standardised codes (N, k, d) of ids (N, L)."""
@@ -382,27 +361,16 @@ class Bundle:
         """The texts of standardised codes (N, k, d)."""
         return write_texts(self.codec, self.vae, x0 * self.std + self.mean, self.cfg, self.device)
 
-    def codes(self, y: Tensor, c: list[str], seed: int) -> Tensor:
-        """New standardised codes (N, k, d) for labels y (N,) and conditions c."""
+    def sample(self, y: Tensor, c: list[str], seed: int) -> list[str]:
+        """New texts for labels y (N,) and conditions c."""
+        torch.manual_seed(seed)  # for top_p
         cfg, out, generator = self.cfg, [], torch.Generator().manual_seed(seed)
         condition = conditions(cfg, self.codec, self.vae, y, c, self.device)
         for part in torch.arange(len(y)).split(256):
             settings = dict(sampler=cfg.sampler, steps=cfg.steps, eta=cfg.eta, guidance=cfg.guidance, generator=generator)
             with autocast(self.device, cfg.precision):
                 out.append(self.process.sample(self.model, (len(part), cfg.k, cfg.d), at(condition, part.to(self.device)), **settings).cpu())
-        return torch.cat(out)
-
-    def sample(self, y: Tensor, c: list[str], seed: int) -> list[str]:
-        torch.manual_seed(seed)  # for top_p
-        return self.write(self.codes(y, c, seed))
-
-    def labelled(self, each: int) -> list[str]:
-        """Samples of every class, or of none, in readable form."""
-        labels = list(range(len(self.names))) if self.cfg.condition == "label" and self.names else [-1] * 4
-        y = torch.tensor(labels).repeat_interleave(each)
-        if self.cfg.condition in ("prefix", "column"):
-            return []
-        return [f"[{self.names[i] if i >= 0 else ' '}] {text}" for i, text in zip(y.tolist(), self.sample(y, [""] * len(y), self.cfg.seed))]
+        return self.write(torch.cat(out))
 
     @torch.no_grad()
     def guess(self, x0: Tensor, y, t: int, seed: int) -> Tensor:
@@ -438,37 +406,38 @@ def load_bundle(cfg: Config, path: Path, device) -> Bundle:
     vae = load_vae(cfg, facts, extra["vae"], path, device)
     process, model = build_denoiser(cfg, facts, vae, device)
     load_weights(model, checkpoint["ema"], path)
-    return Bundle(cfg, Codec(**facts["codec"]), vae, process, model.eval(), extra["mean"], extra["std"], facts["names"], device)
-
-
-def seconds(path: Path, cfg: Config) -> float:
-    """Training seconds of the diffusion's checkpoint and of its VAE."""
-    checkpoint = load_checkpoint(path, cfg.kind)
-    return checkpoint["seconds"] + checkpoint["facts"]["vae_seconds"]
+    return Bundle(cfg, Codec(**facts["codec"]), vae, process, model.eval(), extra["mean"], extra["std"], facts["names"], device, facts["vae_seconds"] + checkpoint["seconds"])
 
 
 def tag(cfg: Config) -> str:
     return f"{cfg.sampler}_{cfg.steps}_guidance{cfg.guidance:g}_seed{cfg.seed}"
 
 
-def sample(bundle: Bundle, out: Path) -> None:
-    """Write samples of every class, or what follows --prompt."""
+def sample(bundle: Bundle, out: Path, texts: Texts | None = None, each: int = 4, name: str = "") -> None:
+    """Write samples of every class; or what follows --prompt, or follows conditions of the test split, beside what followed there."""
     cfg = bundle.cfg
-    if cfg.condition in ("prefix", "column"):
-        if not cfg.prompt:
-            raise UserError(f"this checkpoint goes on from a text (--condition {cfg.condition}): give one with --prompt")
-        texts = bundle.sample(torch.full((4,), -1), [cfg.prompt] * 4, cfg.seed)
-        lines = [f"given  {cfg.prompt}", *(f"new    {text}" for text in texts)]
+    if cfg.condition in ("none", "label"):
+        names = dict(enumerate(bundle.names)) if cfg.condition == "label" and bundle.names else {-1: " "}
+        y = torch.tensor(list(names)).repeat_interleave(each)
+        lines = [f"[{names[i]}] {text}" for i, text in zip(y.tolist(), bundle.sample(y, [""] * len(y), cfg.seed))]
+    elif cfg.prompt:
+        if not bundle.codec.fits(cfg.prompt):
+            raise UserError(f"--prompt is longer than the {cfg.max_tokens} tokens, with an end token, that this checkpoint reads: shorten it")
+        lines = [f"given  {cfg.prompt}", *(f"new    {text}" for text in bundle.sample(torch.full((each,), -1), [cfg.prompt] * each, cfg.seed))]
+    elif texts:
+        test = cut(cfg, bundle.codec, texts, "test")
+        new = bundle.sample(test.y[:each], test.c[:each], cfg.seed)
+        lines = [line for c, text, x in zip(test.c, new, test.x) for line in (f"given  {c}", f"new    {text}", f"real   {x}", "")]
     else:
-        lines = bundle.labelled(4)
-    print("wrote", show(out, f"samples_{tag(cfg)}", lines))
+        raise UserError(f"this checkpoint goes on from a text (--condition {cfg.condition}): give one with --prompt")
+    print("wrote", show(out, name or f"samples_{tag(cfg)}", lines))
 
 
 # -- score --------------------------------------------------------------------------------------------------------------
 
 
-def train_gpt(bundle: Bundle, train: Pieces, test: Pieces, out: Path, stage: str, seconds: float) -> LabelGPT:
-    """A GPT-2 trained in out/STAGE until its held-out loss rises or the seconds are over.
+def train_gpt(bundle: Bundle, train: Pieces, test: Pieces, out: Path, stage: str) -> LabelGPT:
+    """A GPT-2 trained in out/STAGE until its held-out loss rises, or for as long as VAE and denoiser were.
 
     The "baseline" is as large as VAE and denoiser together and is given the labels; the "judge", which gives the perplexities, is as large
     as the VAE's decoder, is not given them, and has another seed.
@@ -488,7 +457,7 @@ def train_gpt(bundle: Bundle, train: Pieces, test: Pieces, out: Path, stage: str
         load_weights(model, saved["ema"], path)
         return model.eval()
     run = Run(cfg, model, device, dict(stage=stage, texts=len(train.x)), extra=dict(done=False, best=math.inf))
-    print(f"{stage}: a GPT-2 of {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, for at most {seconds:.0f} s", flush=True)
+    print(f"{stage}: a GPT-2 of {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, for at most {bundle.seconds:.0f} s", flush=True)
     target, y = train.target.to(device), label(train.y).to(device)
     for step, batch in run.steps(len(target)):
         with autocast(device, cfg.precision):
@@ -498,7 +467,7 @@ def train_gpt(bundle: Bundle, train: Pieces, test: Pieces, out: Path, stage: str
             with run.pause():
                 now = nats(run.ema.module, label(test.y[:256]), test.target[:256], device)
             print(f"step {step}: held-out nats a token {now:.3f}", flush=True)
-            if now > run.extra["best"] or run.seconds > seconds:
+            if now > run.extra["best"] or run.seconds > bundle.seconds:
                 break
             run.extra["best"] = now
     run.extra["done"] = True
@@ -513,7 +482,7 @@ def nats(model: LabelGPT, y: Tensor, target: Tensor, device) -> float:
     return sum(ce * n for ce, n in parts) / sum(n for _, n in parts)
 
 
-def score(bundle: Bundle, texts: Texts, out: Path, seconds: float) -> None:
+def score(bundle: Bundle, texts: Texts, out: Path) -> None:
     """Print how well texts are copied through the codes, how the denoiser does at each noise level, and what its own texts are like."""
     cfg, codec, vae, device = bundle.cfg, bundle.codec, bundle.vae, bundle.device
     train, test = cut(cfg, codec, texts, "train"), cut(cfg, codec, texts, "test")
@@ -523,9 +492,10 @@ def score(bundle: Bundle, texts: Texts, out: Path, seconds: float) -> None:
     torch.manual_seed(cfg.seed)
     noisy = corrupt(ids, torch.full((len(ids),), 0.3), codec.vocab if codec.encoder == codec.decoder else vae.encoder.config.vocab_size)
     clean, robust = (metrics.bleu(greedy.write(greedy.latents(i)), x) for i in (ids, noisy))
+    copied = metrics.bleu([codec.tokenizers[0].decode([i for i in row if i >= 0]).strip() for row in noisy.tolist()], x)
     ce = alarm(vae, ids, test.target[order], device)
     print(f"score: n={len(x)} held-out pieces, seed {cfg.seed}")
-    print(f"  VAE: BLEU {clean:.1f}, of 30% substituted {robust:.1f}; nats a token with matched codes {ce['matched']:.2f}, shuffled {ce['shuffled']:.2f}, zero {ce['zero']:.2f}", flush=True)
+    print(f"  VAE: BLEU {clean:.1f}, of 30% substituted {robust:.1f} (that text itself {copied:.1f}); nats a token with matched codes {ce['matched']:.2f}, shuffled {ce['shuffled']:.2f}, zero {ce['zero']:.2f}", flush=True)
 
     few = order[:100]
     condition = conditions(cfg, codec, vae, test.y[few], [test.c[i] for i in few.tolist()], device)
@@ -546,10 +516,10 @@ def score(bundle: Bundle, texts: Texts, out: Path, seconds: float) -> None:
     guess, accuracy = metrics.text_classifier(train.x, train.y.tolist(), test.x, test.y.tolist()) if bundle.names else (None, math.nan)
     if guess:
         print(f"  label: share read as the class asked for by a classifier that is right on {accuracy:.3f} of held-out texts")
-    judge = train_gpt(bundle, train, test, out, "judge", seconds) if cfg.compare else None
+    judge = train_gpt(bundle, train, test, out, "judge") if cfg.compare else None
 
     gpt2 = None
-    if cfg.score_from:  # not after every training: it may be a download
+    if cfg.compare and cfg.score_from:  # not after every training: it may be a download
         try:
             gpt2 = metrics.gpt2_perplexity(device)
         except UserError as error:
@@ -572,7 +542,7 @@ def score(bundle: Bundle, texts: Texts, out: Path, seconds: float) -> None:
     row("training", real, y)
     row("held out", held_out, test.y[: cfg.score_n])
     if cfg.compare:
-        baseline = train_gpt(bundle, train, test, out, "baseline", seconds)
+        baseline = train_gpt(bundle, train, test, out, "baseline")
         for top_p in (0.7, 0.92, 1.0):
             torch.manual_seed(cfg.seed)
             ids = [baseline.generate(baseline.read(part.to(device)), cfg.max_tokens, top_p) for part in y.split(64)]
@@ -584,8 +554,15 @@ def score(bundle: Bundle, texts: Texts, out: Path, seconds: float) -> None:
 # -- main ---------------------------------------------------------------------------------------------------------------
 
 
+def plain_attention(device: torch.device) -> None:
+    """On a CPU, attention by plain products: at these lengths the backward pass of its flash kernel takes half of a step."""
+    if device.type == "cpu":
+        torch.backends.cuda.enable_flash_sdp(False)  # the switch is the CPU's too, despite its name
+
+
 def main(cfg: Config) -> None:
     device = pick_device(cfg.device)
+    plain_attention(device)
     given = cfg.sample_from or cfg.score_from
     cfg = dataclasses.replace(cfg, out=cfg.out or (str(Path(given).parent) if given else f"out/{Path(cfg.dataset).stem.lower()}"))
     if cfg.sample_from:
@@ -595,10 +572,10 @@ def main(cfg: Config) -> None:
         bundle, was = load_bundle(cfg, Path(given), device), load_checkpoint(given, cfg.kind)["facts"]["checksum"]
         if was != texts.checksum():
             raise UserError(f"{cfg.dataset} is not the data that {given} was trained on (checksum {texts.checksum()}, not {was}): a score needs its training and test split")
-        return score(bundle, texts, Path(cfg.out), seconds(Path(given), cfg))
+        return score(bundle, texts, Path(cfg.out))
     for stage, train in (("vae", train_vae), ("diffusion", train_diffusion)):
         if cfg.stage in ("all", stage):
-            if finished(cfg, stage):
+            if finished(stage_config(cfg, stage)):
                 print(f"{cfg.out}/{stage}/last.pt is finished: loaded, not trained again")
             else:
                 train(cfg, texts, device)
@@ -606,10 +583,10 @@ def main(cfg: Config) -> None:
     path = Path(cfg.out) / "diffusion" / "last.pt"
     if cfg.stage in ("all", "sample", "score") and is_main():
         bundle = load_bundle(cfg, path, device)
-        if cfg.stage != "score" and (cfg.condition in ("none", "label") or cfg.prompt):
-            sample(bundle, path.parent)
+        if cfg.stage != "score":
+            sample(bundle, path.parent, texts)
         if cfg.stage == "score" or cfg.stage == "all" and cfg.score_n:
-            score(bundle, texts, path.parent, seconds(path, cfg))
+            score(bundle, texts, path.parent)
         print(f"sample again: python textgen.py --sample_from {shlex.quote(str(path))}")
 
 

@@ -166,6 +166,15 @@ def finished(cfg) -> bool:
     return checkpoint["step"] >= cfg.max_steps or 0 < getattr(cfg, "seconds", 0) <= checkpoint["seconds"]
 
 
+def show(out: Path, name: str, lines: list[str]) -> Path:
+    """Print the lines and write them to samples/NAME.txt."""
+    path = out / "samples" / f"{name}.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([*lines, ""]))
+    print(f"\n-- {name} --", *lines, sep="\n", flush=True)
+    return path
+
+
 def load_weights(model: nn.Module, weights: dict, path) -> None:
     """Load `weights` of the checkpoint at `path`. Raises UserError where they are another model's."""
     try:

@@ -113,31 +113,33 @@ class QuestionGPT(Reader):
 
 
 class TextVAE(Reader):
-    """Encoder, k codes (the first k states of the encoder, projected to width d), decoder that reads them as an embedded prefix.
+    """Encoder, k codes (each the mean of `span` neighbouring states of the encoder, projected to width d), decoder that reads them as an embedded prefix.
 
+    span 1 is PLANNER's: the first k states. A decoder from scratch then learns to copy k tokens and stops there, so let k span cover the text.
     eos: the decoder's end token, which also begins a text. variance: "fixed" (codes are read with noise of standard deviation
     `noise`, no KL) or "learned" (PLANNER: a second projection, KL with weight beta). tanh bounds the mean to (-1, 1).
     p_max: each training text is corrupted at a rate drawn from U(0, p_max), by substitution, or by mask_id where it is given.
     """
 
-    def __init__(self, encoder, decoder, k: int, d: int, eos: int, *, tanh=True, variance="fixed", noise=0.15, beta=0.0, p_max=0.3, mask_id=None):
+    def __init__(self, encoder, decoder, k: int, d: int, eos: int, *, span=1, tanh=True, variance="fixed", noise=0.15, beta=0.0, p_max=0.3, mask_id=None):
         super().__init__(decoder, nn.Linear(d, decoder.config.n_embd), eos)
-        self.encoder, self.k, self.d = encoder, k, d
+        self.encoder, self.k, self.d, self.span = encoder, k, d, span
         self.tanh, self.noise, self.beta, self.p_max, self.mask_id = tanh, noise, beta, p_max, mask_id
         D = encoder.config.hidden_size
         self.fc_mean = nn.Linear(D, d)
         self.fc_log_var = nn.Linear(D, d) if variance == "learned" else None
 
     def states(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states (B, L, D) of the encoder for ids (B, L), and the mask (B, L) of those that stand for a token; L at least k."""
+        """Hidden states (B, L, D) of the encoder for ids (B, L), and the mask (B, L) of those that stand for a token."""
         mask = ids >= 0
-        read = mask | (torch.arange(ids.shape[1], device=ids.device) < self.k)  # codes of a short text are read at padding: it must be visible
+        read = mask | (torch.arange(ids.shape[1], device=ids.device) < self.k * self.span)  # codes of a short text are read at padding: it must be visible
         return self.encoder(input_ids=ids.clamp(min=0), attention_mask=read.long()).last_hidden_state, mask
 
     def encode(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance (B, k, d) of the codes of ids (B, L)."""
-        ids = F.pad(ids, (0, max(0, self.k - ids.shape[1])), value=-100)
-        h = self.states(ids)[0][:, : self.k].float()
+        L = self.k * self.span
+        h = self.states(F.pad(ids, (0, max(0, L - ids.shape[1])), value=-100))[0][:, :L].float()
+        h = h.unflatten(1, (self.k, self.span)).mean(2)  # (B, k, D)
         mean = self.fc_mean(h).float()
         mean = mean.tanh() if self.tanh else mean
         var = torch.full_like(mean, self.noise**2) if self.fc_log_var is None else self.fc_log_var(h).float().clamp(-20, 5).exp()

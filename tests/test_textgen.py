@@ -195,6 +195,10 @@ def test_reviews_of_a_file_with_prefix_and_with_a_column_as_condition(tmp_path, 
         flags = ["--dataset", path, *SMALL_TEXT, "--vae_steps", 3, "--diffusion_steps", 3, "--score_n", 6, "--out", out, "--condition", *condition]
         status, printed = cli("textgen", *flags)
         assert status == 0 and "AuBLEU" in printed, printed
+        shown = (out / "diffusion/samples/samples_dpm++_4_guidance1_seed0.txt").read_text()
+        assert shown.count("\ngiven  ") == 3 and shown.count("\nreal   ") == 4, shown  # four held-out conditions
+        status, printed = cli("textgen", "--sample_from", out / "diffusion/last.pt", "--prompt", "what is 3? " * 99)
+        assert status == 2 and "longer than the 64 tokens" in printed
         status, printed = cli("textgen", "--sample_from", out / "diffusion/last.pt")
         assert status == 2 and "--prompt" in printed
         status, printed = cli("textgen", "--sample_from", out / "diffusion/last.pt", "--prompt", "what is 3?")
@@ -288,6 +292,7 @@ def test_help_shows_every_field_with_its_own_comment(cli):
         ("--p_max 1.5", "p_max must be in [0, 1], got 1.5"),
         ("--max_tokens 1021", "max_tokens must be in [4, 1020], got 1021"),
         ("--width 100", "divisible by 16"),
+        ("--span 17", "k times span must be at most max_tokens, 64, got 4 times 17"),
         ("--condition column", "go together"),
         ("--dataset nothing", "no data set 'nothing'; choose grammar, tripadvisor"),
         ("--dataset nothing.csv", "no file nothing.csv"),
@@ -336,8 +341,8 @@ def test_checkpoints_that_do_not_fit_are_refused(trained, cli, tmp_path):
     (tmp_path / "cut.pt").write_bytes((out / "diffusion/last.pt").read_bytes()[:5000])
     status, printed = cli("textgen", "--sample_from", tmp_path / "cut.pt")
     assert status == 2 and "cut.pt is not a checkpoint that can be loaded" in printed
-    status, printed = cli("textgen", "--sample_from", out / "diffusion/last.pt", "--k", 5)
-    assert status == 2 and "--k 5" in printed and "trained with 4" in printed
+    status, printed = cli("textgen", "--sample_from", out / "diffusion/last.pt", "--k", 3)
+    assert status == 2 and "--k 3" in printed and "trained with 4" in printed
     state = load_checkpoint(out / "diffusion/last.pt", "textgen")
     torch.save(state | dict(extra=state["extra"] | dict(vae={k: v[:1] for k, v in state["extra"]["vae"].items()})), tmp_path / "other.pt")
     status, printed = cli("textgen", "--sample_from", tmp_path / "other.pt")

@@ -54,8 +54,17 @@ def test_cross_entropy_is_the_mean_over_tokens_that_count():
     torch.testing.assert_close(vae.cross_entropy(z, target), torch.stack(by_hand).mean())
 
 
-def test_codes_of_a_text_do_not_depend_on_its_neighbours_or_padding():
-    vae, (ids, _) = small().eval(), texts(9)  # the last text has one token, fewer than codes
+@pytest.mark.parametrize("span", [1, 2])
+def test_a_code_is_the_mean_of_its_span_of_states(span):
+    vae, ids = small(span=span).eval(), texts(1)[0]
+    h = vae.states(ids)[0][0]
+    by_hand = torch.stack([vae.fc_mean(sum(h[i * span + j] for j in range(span)) / span).tanh() for i in range(4)])
+    torch.testing.assert_close(vae.encode(ids)[0][0], by_hand)
+
+
+@pytest.mark.parametrize("span", [1, 2])
+def test_codes_of_a_text_do_not_depend_on_its_neighbours_or_padding(span):
+    vae, (ids, _) = small(span=span).eval(), texts(9)  # the last text has one token, fewer than codes
     together = vae.encode(ids)[0]
     assert together.shape == (9, 4, 8)
     for i in range(9):
