@@ -326,6 +326,15 @@ def test_interrupted_and_resumed_ends_with_the_same_bits(flags, tmp_path, cli):
     assert scores[0][0][0] == "3" and scores[0][-1] == scores[1][-1] and len(scores[0]) == 2
 
 
+def test_the_seconds_of_the_vae_are_the_diffusions_too(tmp_path, cli):
+    command = [*SUMS, *LATENTS, "--stage", "diffusion", "--max_steps", 3, "--out", tmp_path]
+    assert cli("reason", *command)[0] == 0
+    (tmp_path / "diffusion/last.pt").unlink()
+    torch.save(load_checkpoint(tmp_path / "vae/last.pt", "reason") | dict(seconds=1000.0), tmp_path / "vae/last.pt")
+    assert cli("reason", *command)[0] == 0
+    assert 1000 < load_checkpoint(tmp_path / "diffusion/last.pt", "reason")["seconds"] < 1100
+
+
 def test_a_training_ends_after_its_seconds_and_goes_on_when_given_more(tmp_path, cli):
     command = [*SUMS, "--stage", "diffusion", "--max_steps", 100_000, "--log_every", 5, "--out", tmp_path]
     assert cli("reason", *command, "--seconds", 0.5)[0] == 0
