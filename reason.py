@@ -257,6 +257,7 @@ class Thinker:
     device: torch.device
 
     def encode(self, questions: list[str], thoughts: list[list[str]]) -> Split:
+        """Questions and their thoughts as the loops read them."""
         layout, codec, device = self.layout, self.codec, self.device
         how = (layout.longest[0], -1) if isinstance(codec, Tokens) else ()
         slots = [codec.encode([t[i] if i < len(t) else "" for t in thoughts], layout.longest[i + 1]) for i in range(layout.n)]
@@ -403,7 +404,7 @@ def train(cfg: Config, model: nn.Module, loss, n: int, facts: dict, device, eval
                 print(f"step {run.step}, {took:.0f} s: answer {scores['answer']:.3f}, chain {scores['chain']:.3f}, thoughts " + " ".join(f"{a:.2f}" for a in scores["thoughts"]), flush=True)
                 with open(path, "a", newline="") as file:
                     csv.writer(file).writerow([run.step, f"{took:.3f}", scores["answer"], scores["chain"]])
-            wait()  # the others' clocks stand still as well
+            wait()
 
     for step, batch in run.steps(n, cfg.seconds or math.inf):
         with autocast(device, cfg.precision):

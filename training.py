@@ -49,8 +49,8 @@ def run_script(config_class, main, doc: str) -> None:
                 raise UserError(f"{path} has a configuration of another version of this script: {error}") from error
             cfg = parse(default=default)
             for name in config_class.fixed:  # but for these three, which say nothing of what the weights mean
-                if name not in ("seed", "batch_size", "dataset") and getattr(cfg, name) != saved[name]:
-                    raise UserError(f"--{name} {getattr(cfg, name)}, but {path} was trained with {saved[name]}: leave the flag out")
+                if name not in ("seed", "batch_size", "dataset") and getattr(cfg, name) != saved.get(name):
+                    raise UserError(f"--{name} {getattr(cfg, name)}, but {path} was trained with {saved.get(name)}: leave the flag out")
         else:
             cfg = parse()
         main(cfg)
@@ -161,8 +161,8 @@ def finished(cfg) -> bool:
         return False
     checkpoint = load_checkpoint(path, cfg.kind)
     for name in cfg.fixed:
-        if checkpoint["config"][name] != getattr(cfg, name):
-            raise UserError(f"--{name} {getattr(cfg, name)}, but {path} was trained with {checkpoint['config'][name]}: keep it, or choose another --out")
+        if checkpoint["config"].get(name) != getattr(cfg, name):
+            raise UserError(f"--{name} {getattr(cfg, name)}, but {path} was trained with {checkpoint['config'].get(name)}: keep it, or choose another --out")
     return checkpoint["step"] >= cfg.max_steps or 0 < getattr(cfg, "seconds", 0) <= checkpoint["seconds"]
 
 
@@ -325,7 +325,8 @@ class Run:
         step, start = self.logged
         now = time.perf_counter()
         state = torch.tensor(losses.item(), device=self.device)
-        shared = torch.tensor([stop, self.seconds + now - start], dtype=torch.float64, device=self.device if self.device.type != "mps" else "cpu")
+        seconds = self.seconds + now - start if self.main else 0.0  # the main process's, which pauses for what it does alone
+        shared = torch.tensor([stop, seconds], dtype=torch.float64, device=self.device if self.device.type != "mps" else "cpu")
         if self.world > 1:
             dist.all_reduce(state)
             dist.all_reduce(shared, op=dist.ReduceOp.MAX)
