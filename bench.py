@@ -332,11 +332,11 @@ WAYS = {  # to diffuse a chain: what each changes of reason.py's defaults
 def reasoning(cfg: Config, device) -> None:
     """Train every way of WAYS (latents: with its VAE), and GPT-2 of the same width and depth with its chain and on the answer only, for cfg.seconds each;
     print and draw what each learned. What is finished in the folder already is loaded."""
-    problems, runs, rows = load_problems("mult", cfg.digits), {}, []
+    problems, facts, runs, rows = load_problems("mult", cfg.digits), None, {}, []
     for name, changes in WAYS.items():
         out = f"{cfg.out}/reason/{re.sub('[^a-z0-9]+', '-', name).strip('-')}"
         one = reason.Config(digits=cfg.digits, out=out, seconds=cfg.seconds, max_steps=10**6, sample_every=100, log_every=10, seed=cfg.seeds[0], device=cfg.device, **changes)
-        facts = reason.problem_facts(one, problems)
+        facts = facts or reason.problem_facts(one, problems)  # the ways share their problems
         if not finished(reason.stage_config(one, "diffusion")):
             reason.train_diffusion(dataclasses.replace(one, resume=(Path(out) / "diffusion/last.pt").exists()), facts, problems, device)
         runs[name] = Path(out) / "diffusion"
@@ -348,7 +348,7 @@ def reasoning(cfg: Config, device) -> None:
     for stage in ("chain", "answer"):
         baseline = reason.train_baseline(plain, stage, default, problems, cfg.seconds)
         answers = baseline.chains(split.questions)
-        right = metrics.score_chains(answers, [chain if stage == "chain" else chain[-1:] for chain in split.thoughts])["answer"]
+        right = metrics.score_chains(answers, reason.last_only(split.thoughts, stage))["answer"]
         runs[f"GPT-2, {stage}"] = Path(plain.out) / stage
         rows.append((f"GPT-2, {stage}", baseline.model, math.nan, right))
     print(f"\n| way | M parameters | steps in {cfg.seconds:g} s | seconds to 90% | right answers, 1 evaluation a thought | 8 evaluations |\n|---|---|---|---|---|---|")

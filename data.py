@@ -512,6 +512,9 @@ class Tokens:
         text = text.replace("####", ANSWER)
         return text.replace(" ", "") if self.bare else text
 
+    def ids(self, text: str) -> list[int]:
+        return [self.alphabet.index(c) + 1 for c in self.plain(text)]
+
     def encode(self, texts: list[str], longest: int, fill: int = END) -> Tensor:
         """Ids (N, longest), filled up with END. Raises UserError for a text that is too long, or has a character that the alphabet lacks."""
         ids = torch.full((len(texts), longest), fill)
@@ -521,7 +524,7 @@ class Tokens:
                 raise UserError(f"{text[:60]!r} has {len(plain)} characters, but this model takes at most {longest}: shorten it")
             if strange := set(plain) - set(self.alphabet):
                 raise UserError(f"{text[:60]!r} has {', '.join(map(repr, sorted(strange)))}, which this model has never seen: write it with {self.alphabet[:40]!r}")
-            row[: len(plain)] = torch.tensor([self.alphabet.index(c) + 1 for c in plain])
+            row[: len(plain)] = torch.tensor(self.ids(text))
         return ids
 
     def vectors(self, ids: Tensor) -> Tensor:

@@ -156,10 +156,9 @@ class Diffusion(nn.Module):
 
         Karras steps that would fall on one integer move apart to neighbouring ones.
         """
-        if not 1 <= steps <= self.T:
-            raise ValueError(f"steps must be in 1..{self.T} (T), got {steps}")
+        even = even_steps(self.T, steps)
         if spacing == "trailing":
-            return [round(self.T * i / steps) for i in range(steps, -1, -1)]
+            return even
         log_sigma = torch.tensor([math.log(self.s[t] / self.a[t]) for t in range(1, self.T + 1)], dtype=torch.float64)
         lo, hi = log_sigma[0].exp().item(), min(80.0, log_sigma[-1].exp().item())
         ramp = torch.linspace(hi ** (1 / 7), lo ** (1 / 7), steps, dtype=torch.float64) if steps > 1 else torch.tensor([hi ** (1 / 7)])
@@ -222,6 +221,13 @@ class Diffusion(nn.Module):
         return table[t].view(*t.shape, *[1] * (x.dim() - t.dim()))  # (B, 1, ...), or (B, k, 1)
 
 
+def even_steps(T: int, steps: int) -> list[int]:
+    """Decreasing steps from T to 0, evenly spaced. Raises ValueError where steps is not in 1..T."""
+    if not 1 <= steps <= T:
+        raise ValueError(f"steps must be in 1..{T} (T), got {steps}")
+    return [round(T * i / steps) for i in range(steps, -1, -1)]
+
+
 def start_from(ts: list[int], t: int) -> list[int]:
     """The decreasing steps ts below t, after t itself."""
     return [t, *(u for u in ts if u < t)]
@@ -281,12 +287,10 @@ class Masked(nn.Module):
         """
         if sampler not in ("confident", "random"):
             raise ValueError(f"sampler is confident or random, got {sampler!r}")
-        if not 1 <= steps <= self.T:
-            raise ValueError(f"steps must be in 1..{self.T} (T), got {steps}")
         B, k, V = shape
         device = next(model.parameters()).device
         rand = lambda *size: torch.rand(size, generator=generator, device=generator.device if generator else device).to(device)
-        ts, xt, guess, left = [round(self.T * i / steps) for i in range(steps, -1, -1)], torch.zeros(shape, device=device), (), k
+        ts, xt, guess, left = even_steps(self.T, steps), torch.zeros(shape, device=device), (), k
         if start:
             ts, left = start_from(ts, start[1]), max(1, round(k * start[1] / self.T))
             xt = start[0].masked_fill((rand(B, k).argsort(1).argsort(1) < left)[..., None], 0.0)
@@ -502,13 +506,13 @@ class Transformer(nn.Module):
             position = sinusoid(torch.arange(x.shape[1], device=x.device), D)
         h, k, group, past = self.inp(x) + position, x.shape[1], slice(None), [None] * len(self.blocks)  # (B, k, D)
         if t is None:
-            emb = F.silu(self.embed(torch.zeros(1, 1, dtype=torch.long, device=xt.device), None))  # (1, 1, D)
+            emb = self.clean(xt.device)
         else:
             emb = F.silu(self.embed(t if chain else t[:, None], labels if labels is None else labels[:, None]))  # (B, 1 or n, D)
         if chain:
             h = torch.cat([h, self.context(chain.context) + self.places(chain.position[k:])], dim=1)
             if t is not None:
-                emb = torch.cat([emb, F.silu(self.embed(t.new_zeros(len(t), 1), None))], dim=1)  # the context is at step 0
+                emb = torch.cat([emb, self.clean(xt.device).expand(len(t), -1, -1)], dim=1)
                 group = F.pad(chain.block, (0, h.shape[1] - k), value=emb.shape[1] - 1)  # (k + c,)
             mask, past = chain.see[:, None], chain.past or past
         elif context is not None:
@@ -522,10 +526,14 @@ class Transformer(nn.Module):
             out = out.view(B, H // p, W // p, C, p, p).permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
         return out
 
+    def clean(self, device) -> Tensor:
+        """The embedding (1, 1, D) of step 0, at which a context stands."""
+        return F.silu(self.embed(torch.zeros(1, 1, dtype=torch.long, device=device), None))
+
     def remember(self, context: Tensor, position: Tensor, see: Tensor, past: list) -> list:
         """`past` for each block, grown by clean context (B, c, d) at places position (c,); see (B or 1, c, p + c): whom each of them sees."""
         h, grown = self.context(context) + self.places(position), []
-        emb = F.silu(self.embed(torch.zeros(1, 1, dtype=torch.long, device=h.device), None))
+        emb = self.clean(h.device)
         for block, kv in zip(self.blocks, past or [None] * len(self.blocks)):
             h, kv = block(h, emb, see[:, None], past=kv)
             grown.append(kv)

@@ -5,7 +5,6 @@
     python imagen.py --sample_from out/digits/last.pt       new samples from a checkpoint; --score_from scores it
 """
 import dataclasses
-import math
 import shlex
 import time
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import Tensor
 import metrics
 from data import Images, load_images
 from diffusion import SCHEDULES, Diffusion, Transformer, UNet
-from training import Run, UserError, autocast, load_checkpoint, load_weights, pick_device, run_script
+from training import Run, UserError, autocast, load_checkpoint, load_weights, need, pick_device, run_script
 
 
 CACHE = "out/classifiers"  # the scores' classifiers, one for each data set
@@ -77,18 +76,13 @@ class Config:
     )
 
     def __post_init__(self):
-        def need(names, low, high=math.inf):
-            for name in names.split():
-                if not low <= getattr(self, name) <= high:
-                    raise ValueError(f"{name} must be in [{low}, {high}], got {getattr(self, name)}")
-
-        need("max_steps batch_size patch width depth T log_every sample_every save_every", 1)
-        need("warmup image_size score_n", 0)
-        need("seed", 0, 2**32)
-        need("guidance", 0, 1000)
-        need("label_drop ema_decay eta", 0, 1)
-        need("lr", 1e-9, 1)
-        need("steps", 1, self.T)
+        need(self, "max_steps batch_size patch width depth T log_every sample_every save_every", 1)
+        need(self, "warmup image_size score_n", 0)
+        need(self, "seed", 0, 2**32)
+        need(self, "guidance", 0, 1000)
+        need(self, "label_drop ema_decay eta", 0, 1)
+        need(self, "lr", 1e-9, 1)
+        need(self, "steps", 1, self.T)
         if len(self.channels) != len(self.blocks) or not self.channels or min(self.blocks) < 1 or any(c < 8 or c % 8 for c in self.channels):
             raise ValueError(f"channels must be multiples of 8 and blocks at least 1, one each a level, got {self.channels} and {self.blocks}")
         if self.width % 16:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import metrics
 from data import ANSWER, END, TASKS, Problems, Tokens, load_problems
 from diffusion import SCHEDULES, Chain, Diffusion, Masked, Transformer, noise_shift
-from training import Run, UserError, autocast, finished, is_main, load_checkpoint, load_weights, pick_device, run_script, show, wait
+from training import Run, UserError, autocast, figure, finished, is_main, load_checkpoint, load_weights, need, pick_device, run_script, show, wait
 from vae import QuestionGPT, TextVAE, small_backbones, small_gpt
 
 
@@ -95,20 +95,15 @@ class Config:
     )
 
     def __post_init__(self):
-        def need(names, low, high=math.inf):
-            for name in names.split():
-                if not low <= getattr(self, name) <= high:
-                    raise ValueError(f"{name} must be in [{low}, {high}], got {getattr(self, name)}")
-
-        need("train_n max_question k d vae_depth vae_steps depth max_steps batch_size votes score_n log_every sample_every save_every", 1)
-        need("terms max_thoughts T", 2)
-        need("warmup seconds latent_noise vote_temperature", 0)
-        need("self_condition snapshot ema_decay", 0, 1)
-        need("seed", 0, 2**32)
-        need("lr", 1e-9, 1)
-        need("snapshot_temperature", 0.1, 100)
-        need("shift", 0.01, 100)
-        need("steps", 1, self.T)
+        need(self, "train_n max_question k d vae_depth vae_steps depth max_steps batch_size votes score_n log_every sample_every save_every", 1)
+        need(self, "terms max_thoughts T", 2)
+        need(self, "warmup seconds latent_noise vote_temperature", 0)
+        need(self, "self_condition snapshot ema_decay", 0, 1)
+        need(self, "seed", 0, 2**32)
+        need(self, "lr", 1e-9, 1)
+        need(self, "snapshot_temperature", 0.1, 100)
+        need(self, "shift", 0.01, 100)
+        need(self, "steps", 1, self.T)
         if (self.temperature or 0) < 0:
             raise ValueError(f"temperature must be at least 0, got {self.temperature}")
         if min(self.digits) < 1 or max(self.digits) > 8:
@@ -424,13 +419,15 @@ def train_vae(cfg: Config, facts: dict, problems: Problems, device) -> None:
     if finished(cfg):
         return
     vae, texts = build_vae(cfg, facts, device), sorted({text for q, chain in zip(problems.question, problems.thoughts) for text in (q, *chain)})
-    ids, longest = vae_ids(tokens, texts, max(facts["widths"])).to(device), max(facts["widths"])
+    longest = max(facts["widths"])
+    ids = vae_ids(tokens, texts, longest).to(device)
     held_out = sorted({t for q, chain in zip(problems.question_test, problems.thoughts_test) for t in (q, *chain)} - set(texts)) or texts  # of a small task all texts are known
-    unseen = vae_ids(tokens, held_out[:: max(1, len(held_out) // 500)][:500], longest).to(device)
+    held_out = held_out[:: max(1, len(held_out) // 500)][:500]
+    unseen = vae_ids(tokens, held_out, longest).to(device)
 
     def evaluate(vae) -> dict:
-        back = F.pad(vae.generate(vae.encode(unseen)[0], longest + 1), (0, unseen.shape[1]), value=END)[:, : unseen.shape[1]]
-        right = (((back == unseen) | (unseen < 0)).all(1)).float().mean().item()
+        back = [tokens.text(row) for row in vae.generate(vae.encode(unseen)[0], longest + 1).tolist()]
+        right = sum(a == b for a, b in zip(back, held_out)) / len(held_out)
         return dict(answer=right, chain=right, thoughts=[right])  # the share of texts that come back
 
     train(cfg, vae, lambda model, batch: model(ids[batch], ids[batch]), len(ids), facts | dict(stage="vae"), device, evaluate)
@@ -470,7 +467,7 @@ def gpt_targets(tokens: Tokens, facts: dict, thoughts: list[list[str]], stage: s
     """Targets (N, L) of the baseline: the chain ("chain") or its last thought ("answer"), then its end token; thoughts of various length end in END each."""
     end, rows = len(facts["alphabet"]) + 1, []
     for chain in last_only(thoughts, stage):
-        ids = [[tokens.alphabet.index(c) + 1 for c in tokens.plain(t)] + [END] * facts["varies"] for t in chain]
+        ids = [tokens.ids(t) + [END] * facts["varies"] for t in chain]
         rows.append([i for thought in ids for i in thought] + [end])
     target = torch.full((len(rows), max(map(len, rows))), -100)
     for row, ids in zip(target, rows):
@@ -619,20 +616,13 @@ def score(thinker: Thinker, problems: Problems, path: Path, seconds: float) -> N
 
 def learning_curves(runs: dict[str, Path], path: Path) -> Path:
     """Draw the accuracy of the answers over the training seconds of several runs, from their eval.csv."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, ax = plt.subplots(figsize=(9, 4), layout="constrained")
-    for i, (name, folder) in enumerate(runs.items()):
-        rows = list(csv.DictReader(open(folder / "eval.csv")))
-        style = dict(color="black", linestyle=":" if "answer" in name else "--") if name.startswith("GPT-2") else dict(color=f"C{i}")
-        ax.plot([float(r["seconds"]) for r in rows], [float(r["answer"]) for r in rows], label=name, **style)
-    ax.set(xlabel="training seconds", ylabel="share of right answers, test problems", ylim=(0, 1.02))
-    fig.legend(loc="outside right upper")
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
+    with figure(path, (9, 4)) as (fig, ax):
+        for i, (name, folder) in enumerate(runs.items()):
+            rows = list(csv.DictReader(open(folder / "eval.csv")))
+            style = dict(color="black", linestyle=":" if "answer" in name else "--") if name.startswith("GPT-2") else dict(color=f"C{i}")
+            ax.plot([float(r["seconds"]) for r in rows], [float(r["answer"]) for r in rows], label=name, **style)
+        ax.set(xlabel="training seconds", ylabel="share of right answers, test problems", ylim=(0, 1.02))
+        fig.legend(loc="outside right upper")
     return path
 
 
@@ -677,20 +667,13 @@ def correct(cfg: Config, facts: dict, problems: Problems, device) -> None:
         lines += [f"snapshot {snapshot:<4g}  {name:18}  {a:.3f}" + ("" if math.isnan(b) else f"  second round {b:.3f}") for name, (a, b) in rows.items()]
     show(Path(cfg.out), "correct", lines)
 
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, ax = plt.subplots(figsize=(9, 3.5), layout="constrained")
     bars = [(f"snapshot {s:g}{round_}", [pair[j] for pair in rows.values()]) for s, rows in results.items() for j, round_ in enumerate(("", ", second round"))]
-    for i, (name, values) in enumerate(bars):
-        ax.bar([x + i / 5 for x in range(len(values))], values, width=1 / 5, label=name)
-    ax.set_xticks([x + 0.3 for x in range(len(rows))], rows)
-    ax.set(ylabel="share of right answers", ylim=(0, 1.02))
-    fig.legend(loc="outside right upper")
-    fig.savefig(Path(cfg.out) / "correct.png", dpi=120)
-    plt.close(fig)
+    with figure(Path(cfg.out) / "correct.png", (9, 3.5)) as (fig, ax):
+        for i, (name, values) in enumerate(bars):
+            ax.bar([x + i / 5 for x in range(len(values))], values, width=1 / 5, label=name)
+        ax.set_xticks([x + 0.3 for x in range(len(rows))], rows)
+        ax.set(ylabel="share of right answers", ylim=(0, 1.02))
+        fig.legend(loc="outside right upper")
     print("wrote", Path(cfg.out) / "correct.png")
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 import metrics
 from data import Codec, Texts, grammar_rating, load_texts, pretrained_codec, train_codec, windows
 from diffusion import SCHEDULES, Diffusion, Transformer, noise_shift
-from training import Run, UserError, autocast, finished, is_main, load_checkpoint, load_weights, pick_device, reason, run_script, show, wait
+from training import Run, UserError, autocast, finished, is_main, load_checkpoint, load_weights, need, pick_device, reason, run_script, show, wait
 from vae import LabelGPT, TextVAE, backbone, corrupt, small_backbones, small_gpt
 
 SIZES = {  # what a field left at 0 or "" becomes
@@ -113,21 +113,16 @@ class Config:
 
         object.__setattr__(self, "span", self.span or max(1, self.max_tokens // self.k))
 
-        def need(names, low, high=math.inf):
-            for name in names.split():
-                if not low <= getattr(self, name) <= high:
-                    raise ValueError(f"{name} must be in [{low}, {high}], got {getattr(self, name)}")
-
-        need("k span d vae_depth depth vae_steps vae_batch diffusion_steps diffusion_batch T log_every sample_every save_every", 1)
-        need("warmup max_steps batch_size score_n latent_noise beta", 0)
-        need("max_tokens", 4, 1024 - self.k)  # GPT-2 has 1024 positions
-        need("vocab", 300, 100_000)  # 256 bytes and something
-        need("seed", 0, 2**32)
-        need("guidance", 0, 1000)
-        need("label_drop ema_decay eta p_max top_p self_condition", 0, 1)
-        need("lr", 1e-9, 1)
-        need("shift", 0.01, 100)
-        need("steps", 1, self.T)
+        need(self, "k span d vae_depth depth vae_steps vae_batch diffusion_steps diffusion_batch T log_every sample_every save_every", 1)
+        need(self, "warmup max_steps batch_size score_n latent_noise beta", 0)
+        need(self, "max_tokens", 4, 1024 - self.k)  # GPT-2 has 1024 positions
+        need(self, "vocab", 300, 100_000)  # 256 bytes and something
+        need(self, "seed", 0, 2**32)
+        need(self, "guidance", 0, 1000)
+        need(self, "label_drop ema_decay eta p_max top_p self_condition", 0, 1)
+        need(self, "lr", 1e-9, 1)
+        need(self, "shift", 0.01, 100)
+        need(self, "steps", 1, self.T)
         if self.width % 16 or self.vae_width % 8:
             raise ValueError(f"width must be divisible by 16 and vae_width by 8, got {self.width} and {self.vae_width}")
         if self.k * self.span > max(self.k, self.max_tokens):

@@ -30,6 +30,13 @@ class UserError(Exception):
     """A mistake that the user can mend: what was got, what is wanted, what to do. `run_script` prints it and exits with status 2."""
 
 
+def need(cfg, names: str, low: float, high: float = math.inf) -> None:
+    """Raise ValueError where one of the fields of cfg that `names` lists, with spaces between, is not in [low, high]."""
+    for name in names.split():
+        if not low <= getattr(cfg, name) <= high:
+            raise ValueError(f"{name} must be in [{low}, {high}], got {getattr(cfg, name)}")
+
+
 def run_script(config_class, main, doc: str) -> None:
     """Read the configuration from the command line and call main(cfg); a UserError is one message and exit status 2.
 
@@ -173,6 +180,20 @@ def show(out: Path, name: str, lines: list[str]) -> Path:
     path.write_text("\n".join([*lines, ""]))
     print(f"\n-- {name} --", *lines, sep="\n", flush=True)
     return path
+
+
+@contextmanager
+def figure(path: Path, size: tuple[float, float]):
+    """A matplotlib figure and its axes, of `size` in inches, written to `path` at the end."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=size, layout="constrained")
+    yield fig, ax
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
 
 
 def load_weights(model: nn.Module, weights: dict, path) -> None:
@@ -359,15 +380,8 @@ class Run:
 
     def curve(self) -> Path:
         """Draw log.csv as curve.png."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
         rows = list(csv.DictReader(open(self.out / "log.csv")))
-        fig, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-        ax.plot([int(r["step"]) for r in rows], [float(r["loss"]) for r in rows])
-        ax.set(xlabel="step", ylabel="training loss", yscale="log", title=str(self.out))
-        fig.savefig(self.out / "curve.png", dpi=120)
-        plt.close(fig)
+        with figure(self.out / "curve.png", (6, 4)) as (_, ax):
+            ax.plot([int(r["step"]) for r in rows], [float(r["loss"]) for r in rows])
+            ax.set(xlabel="step", ylabel="training loss", yscale="log", title=str(self.out))
         return self.out / "curve.png"
