@@ -29,13 +29,13 @@ import tyro
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModel, BertConfig
+from transformers import AutoModel, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 import imagen
 import metrics
 import reason
 import textgen
-from data import Codec, load_images, load_problems, load_texts
+from data import Codec, Problems, load_images, load_problems, load_texts
 from training import UserError, autocast, batch_indices, ema_ramp, finished, pick_device, run_script
 from vae import TextVAE, corrupt, kl, small_backbones
 
@@ -272,13 +272,16 @@ def planner_loss(vae: TextVAE, ids: Tensor, target: Tensor) -> Tensor:
 
 def text(cfg: Config, device) -> None:
     """Print three ratios: a step of the VAE, a step of the diffusion, and writing reviews."""
-    textgen.plain_attention(device)
     tiny = textgen.Config(dataset="grammar")
     texts = load_texts("grammar")
     facts = textgen.vae_facts(tiny, texts, Path(cfg.out))
     codec, vae = Codec(**facts["codec"]), textgen.build_vae(tiny, facts, device)
     ids, target = (part[: tiny.vae_batch].to(device) for part in codec.encode(texts.x[: tiny.vae_batch]))
-    theirs = TextVAE(*small_backbones(codec.vocab, tiny.vae_width, tiny.vae_depth, tiny.max_tokens + tiny.k + 1), tiny.k, tiny.d, codec.eos, variance="learned", beta=1e-5).to(device)
+    size = (codec.vocab, tiny.vae_width, tiny.vae_depth, tiny.max_tokens + tiny.k + 1)
+    plain = lambda *parts: TextVAE(*parts, tiny.k, tiny.d, codec.eos, variance="learned", beta=1e-5).to(device)
+    bert, gpt = (part.config.to_dict() | dict(attn_implementation="sdpa") for part in small_backbones(*size))  # GPT-2's own activation, torch's fused attention
+    usual = plain(BertModel(BertConfig(**bert), add_pooling_layer=False), GPT2LMHeadModel(GPT2Config(**gpt | dict(activation_function="gelu_new"))))
+    same = plain(*small_backbones(*size))
 
     def step(model, loss):
         opt = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type != "mps")
@@ -291,8 +294,9 @@ def text(cfg: Config, device) -> None:
 
         return work
 
-    sides = {"ours": step(vae, lambda: vae(ids, target)), "PLANNER's way": step(theirs, lambda: planner_loss(theirs, ids, target))}
-    compare(f"VAE step, tiny, batch {tiny.vae_batch}, float32", sides, cfg, device)
+    for name, theirs in (("PLANNER's way", usual), ("PLANNER's way on our backbones", same)):
+        sides = {"ours": step(vae, lambda: vae(ids, target)), name: step(theirs, lambda: planner_loss(theirs, ids, target))}
+        compare(f"VAE step, tiny, batch {tiny.vae_batch}, float32", sides, cfg, device)
 
     base = textgen.Config(dataset="grammar", size="base")
     encoder = AutoModel.from_config(BertConfig(), add_pooling_layer=False).to(device).eval()  # bert-base's shape, random weights
@@ -329,26 +333,40 @@ WAYS = {  # to diffuse a chain: what each changes of reason.py's defaults
 }
 
 
+TOLD = {  # otherwise, to the default way: what becomes of the thoughts of a chain, and of each text
+    "masked, most significant digit first": (lambda thoughts: thoughts, lambda text: re.sub(r"\d( \d)+", lambda digits: digits[0][::-1], text)),
+    "masked, one long thought before the answer": (lambda thoughts: [" ".join(thoughts[:-1]), thoughts[-1]], lambda text: text),
+    "masked, no thought but the answer": (lambda thoughts: thoughts[-1:], lambda text: text),
+}
+
+
+def told(problems: Problems, thoughts, text) -> Problems:
+    """The same problems with their chains and texts changed."""
+    questions, chains = (problems.question, problems.question_test), (problems.thoughts, problems.thoughts_test)
+    (q, q_test), (r, r_test) = ([text(q) for q in part] for part in questions), ([[text(t) for t in thoughts(chain)] for chain in part] for part in chains)
+    return Problems(q, r, q_test, r_test)
+
+
 def reasoning(cfg: Config, device) -> None:
-    """Train every way of WAYS (latents: with its VAE), and GPT-2 of the same width and depth with its chain and on the answer only, for cfg.seconds each;
-    print and draw what each learned. What is finished in the folder already is loaded."""
-    problems, facts, runs, rows = load_problems("mult", cfg.digits), None, {}, []
-    for name, changes in WAYS.items():
-        out = f"{cfg.out}/reason/{re.sub('[^a-z0-9]+', '-', name).strip('-')}"
+    """Train every way of WAYS (latents: with its VAE), the default on the problems of TOLD, and GPT-2 of the same width and depth with its chain and on
+    the answer only, for cfg.seconds each; print and draw what each learned. What is finished in the folder already is loaded."""
+    given, runs, rows = load_problems("mult", cfg.digits), {}, []
+    for name in [*WAYS, *TOLD]:
+        out, changes = f"{cfg.out}/reason/{re.sub('[^a-z0-9]+', '-', name).strip('-')}", WAYS.get(name, {})
         one = reason.Config(digits=cfg.digits, out=out, seconds=cfg.seconds, max_steps=10**6, sample_every=100, log_every=10, seed=cfg.seeds[0], device=cfg.device, **changes)
-        facts = facts or reason.problem_facts(one, problems)  # the ways share their problems
+        problems = told(given, *TOLD[name]) if name in TOLD else given
+        facts = reason.problem_facts(one, problems)
         if not finished(reason.stage_config(one, "diffusion")):
             reason.train_diffusion(dataclasses.replace(one, resume=(Path(out) / "diffusion/last.pt").exists()), facts, problems, device)
         runs[name] = Path(out) / "diffusion"
         thinker, _ = reason.load_thinker(one, runs[name] / "last.pt", device)
         split = thinker.encode(problems.question_test[: cfg.score_n], problems.thoughts_test[: cfg.score_n])
         rows.append((name, thinker.model, *(thinker.score(split, one.seed, steps=steps)["answer"] for steps in (1, 8))))
-        if not changes:
-            plain, default = one, thinker
+        if len(runs) == 1:
+            plain, default, questions = one, thinker, split
     for stage in ("chain", "answer"):
-        baseline = reason.train_baseline(plain, stage, default, problems, cfg.seconds)
-        answers = baseline.chains(split.questions)
-        right = metrics.score_chains(answers, reason.last_only(split.thoughts, stage))["answer"]
+        baseline = reason.train_baseline(plain, stage, default, given, cfg.seconds)
+        right = metrics.score_chains(baseline.chains(questions.questions), reason.last_only(questions.thoughts, stage))["answer"]
         runs[f"GPT-2, {stage}"] = Path(plain.out) / stage
         rows.append((f"GPT-2, {stage}", baseline.model, math.nan, right))
     print(f"\n| way | M parameters | steps in {cfg.seconds:g} s | seconds to 90% | right answers, 1 evaluation a thought | 8 evaluations |\n|---|---|---|---|---|---|")

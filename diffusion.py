@@ -432,11 +432,18 @@ class UNet(nn.Module):
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k' / sqrt(d)) v of q (B, heads, L, d) and k, v (B, heads, M, d), where mask (broadcast to (B, heads, L, M), bool) allows it."""
-    if q.device.type == "cuda" or not torch.is_grad_enabled():
+    if q.device.type == "cuda":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    a = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # on a CPU torch's backward pass in bf16 takes three times as long as this
+    a = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # on a CPU, at these lengths, torch's fused one is slower in bf16: its backward pass three times
     a = a if mask is None else a.masked_fill(~mask, -1e9)
     return a.softmax(-1).to(v.dtype) @ v
+
+
+def modulate(h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """LayerNorm of h (B, L, D), scaled and shifted by (B or 1, L or 1, D) each. DiT section 3.2."""
+    if scale.numel() == h.shape[-1]:  # one for all: they are the norm's own weights, in one pass over h
+        return F.layer_norm(h, h.shape[-1:], (1 + scale.flatten()).to(h.dtype), shift.flatten().to(h.dtype))
+    return F.layer_norm(h, h.shape[-1:]) * (1 + scale) + shift
 
 
 class Block(nn.Module):
@@ -455,13 +462,13 @@ class Block(nn.Module):
         """
         B, L, D = h.shape
         shift1, scale1, gate1, shift2, scale2, gate2 = self.ada(emb)[:, group].chunk(6, dim=-1)  # each (B, 1 or L, D)
-        x = F.layer_norm(h, (D,)) * (1 + scale1) + shift1
+        x = modulate(h, scale1, shift1)
         q, k, v = self.qkv(x).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (B, heads, L, D/heads)
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         x = attention(q, k, v, mask).transpose(1, 2).reshape(B, L, D)
         h = h + gate1 * self.out(x)
-        x = F.layer_norm(h, (D,)) * (1 + scale2) + shift2
+        x = modulate(h, scale2, shift2)
         return h + gate2 * self.mlp(x), (k, v)
 
 
@@ -521,7 +528,7 @@ class Transformer(nn.Module):
         for block, kv in zip(self.blocks, past):
             h, _ = block(h, emb, mask, group, kv)
         shift, scale = self.ada(emb)[:, group if t is None or not chain else chain.block].chunk(2, dim=-1)
-        out = self.head(F.layer_norm(h[:, :k], (D,)) * (1 + scale) + shift)  # (B, k, d)
+        out = self.head(modulate(h[:, :k], scale, shift))  # (B, k, d)
         if p:
             out = out.view(B, H // p, W // p, C, p, p).permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
         return out

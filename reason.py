@@ -315,8 +315,9 @@ class Thinker:
         parts = []
         for part in torch.arange(len(q), device=q.device).split(1000):
             begin = (start[0][part], start[1]) if start else None
-            for _, x0 in self.steps(q[part], seed + len(parts), [x[part] for x in given], begin):
-                pass
+            with autocast(self.device, self.cfg.precision):  # around all steps: the weights are turned to bf16 once
+                for _, x0 in self.steps(q[part], seed + len(parts), [x[part] for x in given], begin):
+                    pass
             parts.append(x0)
         return torch.cat(parts)
 
@@ -595,7 +596,8 @@ def score(thinker: Thinker, problems: Problems, path: Path, seconds: float) -> N
     print(f"score: n={n} test problems, seed {cfg.seed}; {device}, {torch.get_num_threads()} threads; trained {seconds:.0f} s, {sum(p.numel() for p in thinker.model.parameters()) / 1e6:.2f} M parameters")
 
     def row(name: str, scores: dict, ask=None) -> None:
-        rates = f"  full batch {rate(lambda: ask(slice(0, n)), n):.3g}/s  one by one {rate(lambda: [ask(slice(i, i + 1)) for i in range(min(n, 8))], min(n, 8)):.3g}/s" if ask else ""
+        timed = lambda b: rate(lambda: [ask(slice(i, i + b)) for i in range(0, min(n, max(b, 8)), b)], min(n, max(b, 8)))  # problems a second in batches of b
+        rates = "  problems/s in batches of " + ", ".join(f"{b}: {timed(b):.3g}" for b in sorted({1, min(8, n), min(64, n), n})) if ask else ""
         print(f"  {name:22}  answer {scores['answer']:.3f}  chain {scores['chain']:.3f}  unended {scores['unended']:.3f}  thoughts " + " ".join(f"{a:.2f}" for a in scores["thoughts"]) + rates, flush=True)
 
     for steps in (s for s in (1, 2, 4, 8, 16, 32, 64) if s <= cfg.T):

@@ -549,15 +549,8 @@ def score(bundle: Bundle, texts: Texts, out: Path) -> None:
 # -- main ---------------------------------------------------------------------------------------------------------------
 
 
-def plain_attention(device: torch.device) -> None:
-    """On a CPU, attention by plain products: at these lengths the backward pass of its flash kernel takes half of a step."""
-    if device.type == "cpu":
-        torch.backends.cuda.enable_flash_sdp(False)  # the switch is the CPU's too, despite its name
-
-
 def main(cfg: Config) -> None:
     device = pick_device(cfg.device)
-    plain_attention(device)
     given = cfg.sample_from or cfg.score_from
     cfg = dataclasses.replace(cfg, out=cfg.out or (str(Path(given).parent) if given else f"out/{Path(cfg.dataset).stem.lower()}"))
     if cfg.sample_from:

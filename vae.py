@@ -30,7 +30,7 @@ def no_pooler(config) -> dict:
 
 def small_backbones(vocab: int, D: int, depth: int, length: int) -> tuple[nn.Module, nn.Module]:
     """BERT and GPT-2 of the same width D, depth and vocabulary, random weights, for sequences of up to `length` tokens. D divisible by 4."""
-    bert = dict(vocab_size=vocab, hidden_size=D, num_hidden_layers=depth, num_attention_heads=4, intermediate_size=4 * D)
+    bert = dict(vocab_size=vocab, hidden_size=D, num_hidden_layers=depth, num_attention_heads=4, intermediate_size=4 * D, attn_implementation="eager")
     none = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     return BertModel(BertConfig(**bert, **none, max_position_embeddings=length), add_pooling_layer=False), small_gpt(vocab, D, depth, length)
 

@@ -276,7 +276,7 @@ def test_a_run_writes_and_prints_what_it_says(trained):
     assert (out / "curves.png").stat().st_size > 5000
     rows = list(csv.DictReader(open(out / "diffusion/eval.csv")))
     assert [int(r["step"]) for r in rows] == [10, 20] and 0 < float(rows[0]["seconds"]) <= float(rows[1]["seconds"])
-    for part in ("diffusion, 1 steps", "diffusion, 64 steps", "vote of 2", "at temperature 0.5", "GPT-2, chain", "GPT-2, answer", "full batch", "one by one", "unended", "n=20"):
+    for part in ("diffusion, 1 steps", "diffusion, 64 steps", "vote of 2", "at temperature 0.5", "GPT-2, chain", "GPT-2, answer", "problems/s in batches of 1: ", ", 20: ", "unended", "n=20"):
         assert part in printed, part
     focus = (out / "diffusion/samples/focus.txt").read_text().splitlines()
     assert focus[0].startswith("question  ") and "_" in focus[1] and "_" not in focus[-1]
@@ -295,7 +295,7 @@ def test_finished_stages_are_loaded(trained, cli, monkeypatch):
 def test_score_from_prints_the_rows_of_the_run_and_flags_override(trained, cli, tmp_path):
     out, first = trained
     status, printed = cli("reason", "--score_from", out / "diffusion/last.pt")
-    bare = lambda text: [line.split("  full batch")[0] for line in text.splitlines() if line.startswith("  ") and "answer" in line]
+    bare = lambda text: [line.split("  problems/s")[0] for line in text.splitlines() if line.startswith("  ") and "answer" in line]
     assert status == 0 and bare(printed) == bare(first) and len(bare(first)) == 11
     (tmp_path / "moved.pt").write_bytes((out / "diffusion/last.pt").read_bytes())
     status, printed = cli("reason", "--score_from", tmp_path / "moved.pt", "--score_n", 5, "--votes", 1)
