@@ -48,7 +48,8 @@ class Config:
     vae_width: int = 192  # scratch: width of encoder and decoder
     vae_depth: int = 3  # scratch: blocks of encoder and decoder
     k: int = 16  # codes of a text
-    span: int = 0  # neighbouring states of the encoder that a code is the mean of; 0: max_tokens / k; 1: the first k states, as PLANNER's
+    span: int = 0  # neighbouring states of the encoder that a code is made of; 0: max_tokens / k; 1: the first k states, as PLANNER's
+    pool: Literal["mean", "concat"] = "mean"  # of those states: concat keeps their order, mean is learned from fewer texts
     d: int = 256  # width of a code: wide, so that what noise takes from one number another still says
     tanh: bool = True  # bound the codes to (-1, 1)
     variance: Literal["fixed", "learned"] = "fixed"  # of the codes: fixed noise, or PLANNER's learned one with a KL term
@@ -102,7 +103,7 @@ class Config:
 
     kind = "textgen"
     vae_fixed = tuple(
-        "dataset text_column label_column max_tokens encoder decoder vocab vae_width vae_depth k span d tanh variance latent_noise beta corrupt p_max seed".split()
+        "dataset text_column label_column max_tokens encoder decoder vocab vae_width vae_depth k span pool d tanh variance latent_noise beta corrupt p_max seed".split()
     )
     fixed = (*vae_fixed, *"condition_column condition T schedule shift predict weight self_condition label_drop width depth".split())
 
@@ -214,7 +215,7 @@ def build_vae(cfg: Config, facts: dict, device: torch.device, load: bool = True)
     limit = min(parts[0].config.max_position_embeddings, parts[1].config.n_positions - cfg.k)
     if cfg.max_tokens > limit:
         raise UserError(f"--max_tokens {cfg.max_tokens}, but {cfg.encoder} and {cfg.decoder} take at most {limit} with {cfg.k} codes")
-    how = dict(span=cfg.span, tanh=cfg.tanh, variance=cfg.variance, noise=cfg.latent_noise, beta=cfg.beta, p_max=cfg.p_max)
+    how = dict(span=cfg.span, pool=cfg.pool, tanh=cfg.tanh, variance=cfg.variance, noise=cfg.latent_noise, beta=cfg.beta, p_max=cfg.p_max)
     return TextVAE(*parts, cfg.k, cfg.d, codec.eos, mask_id=codec.mask if cfg.corrupt == "mask" else None, **how).to(device)
 
 

@@ -113,19 +113,20 @@ class QuestionGPT(Reader):
 
 
 class TextVAE(Reader):
-    """Encoder, k codes (each the mean of `span` neighbouring states of the encoder, projected to width d), decoder that reads them as an embedded prefix.
+    """Encoder, k codes (each made of `span` neighbouring states of the encoder and projected to width d), decoder that reads them as an embedded prefix.
 
     span 1 is PLANNER's: the first k states. A decoder from scratch then learns to copy k tokens and stops there, so let k span cover the text.
+    pool: "mean" of the states of a span, or "concat", which keeps their order and is learned by heart, in place of learned, where texts are few.
     eos: the decoder's end token, which also begins a text. variance: "fixed" (codes are read with noise of standard deviation
     `noise`, no KL) or "learned" (PLANNER: a second projection, KL with weight beta). tanh bounds the mean to (-1, 1).
     p_max: each training text is corrupted at a rate drawn from U(0, p_max), by substitution, or by mask_id where it is given.
     """
 
-    def __init__(self, encoder, decoder, k: int, d: int, eos: int, *, span=1, tanh=True, variance="fixed", noise=0.15, beta=0.0, p_max=0.3, mask_id=None):
+    def __init__(self, encoder, decoder, k: int, d: int, eos: int, *, span=1, pool="mean", tanh=True, variance="fixed", noise=0.15, beta=0.0, p_max=0.3, mask_id=None):
         super().__init__(decoder, nn.Linear(d, decoder.config.n_embd), eos)
-        self.encoder, self.k, self.d, self.span = encoder, k, d, span
+        self.encoder, self.k, self.d, self.span, self.pool = encoder, k, d, span, pool
         self.tanh, self.noise, self.beta, self.p_max, self.mask_id = tanh, noise, beta, p_max, mask_id
-        D = encoder.config.hidden_size
+        D = encoder.config.hidden_size * (span if pool == "concat" else 1)
         self.fc_mean = nn.Linear(D, d)
         self.fc_log_var = nn.Linear(D, d) if variance == "learned" else None
 
@@ -139,7 +140,8 @@ class TextVAE(Reader):
         """Mean and variance (B, k, d) of the codes of ids (B, L)."""
         L = self.k * self.span
         h = self.states(F.pad(ids, (0, max(0, L - ids.shape[1])), value=-100))[0][:, :L].float()
-        h = h.unflatten(1, (self.k, self.span)).mean(2)  # (B, k, D)
+        h = h.unflatten(1, (self.k, self.span))  # (B, k, span, D)
+        h = h.flatten(2) if self.pool == "concat" else h.mean(2)
         mean = self.fc_mean(h).float()
         mean = mean.tanh() if self.tanh else mean
         var = torch.full_like(mean, self.noise**2) if self.fc_log_var is None else self.fc_log_var(h).float().clamp(-20, 5).exp()

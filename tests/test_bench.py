@@ -46,3 +46,11 @@ def test_sides_take_turns_after_a_warm_up(monkeypatch):
     calls = []
     took = bench.interleaved({"a": lambda r: calls.append(f"a{r}"), "b": lambda r: calls.append(f"b{r}")}, 2, CPU)
     assert calls == ["a0", "b0", "a1", "b1", "a2", "b2"] and [len(t) for t in took.values()] == [2, 2]
+
+
+def test_problems_told_otherwise():
+    problems = bench.Problems(["3 2 1 * 5 4"], [["5 1 6", "+ 0 2 9", "#### 5 3 5 5 0"]], [], [])
+    first, joined, bare = (bench.told(problems, *changes) for changes in bench.TOLD.values())
+    assert (first.question, first.thoughts) == (["1 2 3 * 4 5"], [["6 1 5", "+ 9 2 0", "#### 0 5 5 3 5"]])
+    assert (joined.question, joined.thoughts) == (problems.question, [["5 1 6 + 0 2 9", "#### 5 3 5 5 0"]])
+    assert bare.thoughts == [["#### 5 3 5 5 0"]]

@@ -8,7 +8,7 @@ import scipy.stats
 import torch
 
 import diffusion
-from diffusion import SCHEDULES, Diffusion, StepEmbedding, Transformer, UNet, alpha_bar_cosine, alpha_bar_linear, drop_condition
+from diffusion import SCHEDULES, Diffusion, StepEmbedding, Transformer, UNet, alpha_bar_cosine, alpha_bar_linear, drop_condition, modulate
 
 
 def rng(seed=0):
@@ -265,6 +265,12 @@ def stir(model):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1) if not p.any() else None
     return model
+
+
+def test_one_embedding_for_all_modulates_as_one_for_each():
+    torch.manual_seed(0)
+    h, scale, shift = torch.randn(3, 5, 8), torch.randn(1, 1, 8), torch.randn(1, 1, 8)
+    torch.testing.assert_close(modulate(h, scale, shift), modulate(h, scale.expand(3, 5, 8), shift.expand(3, 5, 8)))
 
 
 @pytest.mark.parametrize("name", DENOISERS)

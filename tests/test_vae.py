@@ -54,11 +54,12 @@ def test_cross_entropy_is_the_mean_over_tokens_that_count():
     torch.testing.assert_close(vae.cross_entropy(z, target), torch.stack(by_hand).mean())
 
 
-@pytest.mark.parametrize("span", [1, 2])
-def test_a_code_is_the_mean_of_its_span_of_states(span):
-    vae, ids = small(span=span).eval(), texts(1)[0]
+@pytest.mark.parametrize("span, pool", [(1, "mean"), (2, "mean"), (2, "concat")])
+def test_a_code_is_made_of_its_span_of_states(span, pool):
+    vae, ids = small(span=span, pool=pool).eval(), texts(1)[0]
     h = vae.states(ids)[0][0]
-    by_hand = torch.stack([vae.fc_mean(sum(h[i * span + j] for j in range(span)) / span).tanh() for i in range(4)])
+    made = torch.cat if pool == "concat" else lambda states: sum(states) / span
+    by_hand = torch.stack([vae.fc_mean(made([h[i * span + j] for j in range(span)])).tanh() for i in range(4)])
     torch.testing.assert_close(vae.encode(ids)[0][0], by_hand)
 
 
