@@ -4,7 +4,7 @@
     python bench.py images                                  FashionMNIST from ./data; about 70 minutes on two CPU cores
     python bench.py images --seconds 0                      speed only, about 4 minutes
     python bench.py text                                    textgen.py beside PLANNER's way of doing the same; about 5 minutes
-    python bench.py reason                                  ways to diffuse a chain of thoughts, and GPT-2; about 50 minutes
+    python bench.py reason                                  ways to diffuse a chain of thoughts, and GPT-2; about 65 minutes
 
 Peers of images: diffusers' UNet2DModel and denoising-diffusion-pytorch's Unet, each with its own loss, at comparable parameter counts. All are
 unconditional and share the batch, optimizer, learning rate, warm-up, clipping and EMA of imagen.py; what differs is the network, the recipe, and that

@@ -70,7 +70,7 @@ class Config:
     # -- sampling --
     sampler: Literal["auto", "confident", "random", "dpm++", "ddim", "ddpm"] = "auto"  # masked: confident or random; gaussian: the others; auto: confident, or ddim
     steps: int = 8  # evaluations of the denoiser for each thought; confident: at most one for each of its tokens
-    temperature: float | None = None  # masked: of the tokens that are drawn, 0 the likeliest; gaussian: of the noise; None: 0 and 1
+    temperature: float = 0.0  # masked: of the tokens that are drawn, 0: the likeliest; gaussian: of the noise, 0: its mean, 1: as trained
     votes: int = 5  # chains of a majority vote; they are drawn at vote_temperature
     vote_temperature: float = 0.5  # temperature of a vote
     prompt: str = ""  # sample: a question of your own; empty: the first of the test split
@@ -97,15 +97,13 @@ class Config:
     def __post_init__(self):
         need(self, "train_n max_question k d vae_depth vae_steps depth max_steps batch_size votes score_n log_every sample_every save_every", 1)
         need(self, "terms max_thoughts T", 2)
-        need(self, "warmup seconds latent_noise vote_temperature", 0)
+        need(self, "warmup seconds latent_noise temperature vote_temperature", 0)
         need(self, "self_condition snapshot ema_decay", 0, 1)
         need(self, "seed", 0, 2**32)
         need(self, "lr", 1e-9, 1)
         need(self, "snapshot_temperature", 0.1, 100)
         need(self, "shift", 0.01, 100)
         need(self, "steps", 1, self.T)
-        if (self.temperature or 0) < 0:
-            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
         if min(self.digits) < 1 or max(self.digits) > 8:
             raise ValueError(f"digits must be two numbers in 1..8, got {self.digits}")
         if self.width % 16 or self.vae_width % 8:
@@ -266,8 +264,7 @@ class Thinker:
     def settings(self, seed: int) -> dict:
         cfg = self.cfg
         sampler = cfg.sampler if cfg.sampler != "auto" else "confident" if cfg.process == "masked" else "ddim"
-        temperature = float(cfg.process == "gaussian") if cfg.temperature is None else cfg.temperature
-        return dict(sampler=sampler, steps=cfg.steps, temperature=temperature, generator=torch.Generator().manual_seed(seed))
+        return dict(sampler=sampler, steps=cfg.steps, temperature=cfg.temperature, generator=torch.Generator().manual_seed(seed))
 
     @torch.no_grad()
     def steps(self, q: Tensor, seed: int, given=(), start: tuple[Tensor, int] | None = None):
@@ -618,10 +615,13 @@ def score(thinker: Thinker, problems: Problems, path: Path, seconds: float) -> N
 
 def learning_curves(runs: dict[str, Path], path: Path) -> Path:
     """Draw the accuracy of the answers over the training seconds of several runs, from their eval.csv."""
+    import matplotlib
+
     with figure(path, (9, 4)) as (fig, ax):
+        colors = matplotlib.colormaps["tab20"]
         for i, (name, folder) in enumerate(runs.items()):
             rows = list(csv.DictReader(open(folder / "eval.csv")))
-            style = dict(color="black", linestyle=":" if "answer" in name else "--") if name.startswith("GPT-2") else dict(color=f"C{i}")
+            style = dict(color="black", linestyle=":" if "answer" in name else "--") if name.startswith("GPT-2") else dict(color=colors(i))
             ax.plot([float(r["seconds"]) for r in rows], [float(r["answer"]) for r in rows], label=name, **style)
         ax.set(xlabel="training seconds", ylabel="share of right answers, test problems", ylim=(0, 1.02))
         fig.legend(loc="outside right upper")

@@ -423,7 +423,7 @@ def test_two_processes(tmp_path):
     (["--weight", "min-snr"], "--weight min-snr is not one of --process masked"), (["--sampler", "ddim"], "--sampler ddim is not one of --process masked"),
     (["--snapshot", 0.5, "--passes", "single"], "needs --passes multi"), (["--dataset", "sudoku"], "no data set 'sudoku'"), (["--dataset", "gsm8k"], "could not be had from the hub"),
     (["--dataset", "no.txt"], "no file no.txt"), (["--dataset", "sums", "--terms", 2, "--batch_size", 500], "86 training problems, fewer than a batch of 500"),
-    (["--dataset", "no.jsonl"], "no file no.jsonl; without a network use --dataset sums"), (["--dataset", "."], "has no train.jsonl"), (["--temperature", -1], "temperature must be at least 0"),
+    (["--dataset", "no.jsonl"], "no file no.jsonl; without a network use --dataset sums"), (["--dataset", "."], "has no train.jsonl"), (["--temperature", -1], "temperature must be in [0"),
     (["--stage", "correct", "--passes", "single"], "needs --passes multi"), (["--stage", "correct", "--dataset", "sums", "--terms", 2], "needs test problems with a thought"), (["--sample_from", "no.pt"], "no checkpoint at no.pt"), (["--max_thoughts", 2], "3 thoughts, more than"),
 ])  # fmt: skip
 def test_mistake_is_one_message_and_status_2(flags, wanted, tmp_path, cli, monkeypatch):
