@@ -599,7 +599,7 @@ def score(thinker: Thinker, problems: Problems, path: Path, seconds: float) -> N
 
     for steps in (s for s in (1, 2, 4, 8, 16, 32, 64) if s <= cfg.T):
         asked = thinker.asked(steps=steps)
-        row(f"diffusion, {steps} steps", asked.score(split, cfg.seed), lambda part: asked.chains(asked.think(split.q[part], 0)))
+        row(f"diffusion, {steps} steps", asked.score(split, cfg.seed), (lambda part: asked.chains(asked.think(split.q[part], 0))) if steps <= 8 else None)
     if cfg.votes > 1:
         drawn = thinker.asked(temperature=cfg.vote_temperature)
         runs = [drawn.chains(drawn.think(split.q, cfg.seed + 1000 * i)) for i in range(cfg.votes)]
