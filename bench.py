@@ -277,11 +277,11 @@ def text(cfg: Config, device) -> None:
     facts = textgen.vae_facts(tiny, texts, Path(cfg.out))
     codec, vae = Codec(**facts["codec"]), textgen.build_vae(tiny, facts, device)
     ids, target = (part[: tiny.vae_batch].to(device) for part in codec.encode(texts.x[: tiny.vae_batch]))
-    size = (codec.vocab, tiny.vae_width, tiny.vae_depth, tiny.max_tokens + tiny.k + 1)
     plain = lambda *parts: TextVAE(*parts, tiny.k, tiny.d, codec.eos, variance="learned", beta=1e-5).to(device)
-    bert, gpt = (part.config.to_dict() | dict(attn_implementation="sdpa") for part in small_backbones(*size))  # GPT-2's own activation, torch's fused attention
+    parts = small_backbones(codec.vocab, tiny.vae_width, tiny.vae_depth, tiny.max_tokens + tiny.k + 1)
+    bert, gpt = (part.config.to_dict() | dict(attn_implementation="sdpa") for part in parts)  # GPT-2's own activation, torch's fused attention
     usual = plain(BertModel(BertConfig(**bert), add_pooling_layer=False), GPT2LMHeadModel(GPT2Config(**gpt | dict(activation_function="gelu_new"))))
-    same = plain(*small_backbones(*size))
+    same = plain(*parts)
 
     def step(model, loss):
         opt = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type != "mps")
@@ -354,8 +354,9 @@ def reasoning(cfg: Config, device) -> None:
     for name in [*WAYS, *TOLD]:
         out, changes = f"{cfg.out}/reason/{re.sub('[^a-z0-9]+', '-', name).strip('-')}", WAYS.get(name, {})
         one = reason.Config(digits=cfg.digits, out=out, seconds=cfg.seconds, max_steps=10**6, sample_every=100, log_every=10, seed=cfg.seeds[0], device=cfg.device, **changes)
-        problems = told(given, *TOLD[name]) if name in TOLD else given
-        facts = reason.problem_facts(one, problems)
+        if name in TOLD or not runs:  # the ways share their problems
+            problems = told(given, *TOLD[name]) if name in TOLD else given
+            facts = reason.problem_facts(one, problems)
         if not finished(reason.stage_config(one, "diffusion")):
             reason.train_diffusion(dataclasses.replace(one, resume=(Path(out) / "diffusion/last.pt").exists()), facts, problems, device)
         runs[name] = Path(out) / "diffusion"
