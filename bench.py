@@ -324,6 +324,7 @@ WAYS = {  # to diffuse a chain: what each changes of reason.py's defaults
     "masked, single-pass": dict(passes="single"),
     "masked, weight elbo": dict(weight="elbo"),
     "masked, self-conditioning": dict(self_condition=0.5),
+    "masked, sinusoids as positions": dict(positions="sinusoid"),
     "gaussian, multi-pass, loss on tokens": dict(process="gaussian"),
     "gaussian, self-conditioning": dict(process="gaussian", self_condition=0.5),
     "gaussian, t at less noise (shift 0.5)": dict(process="gaussian", shift=0.5),

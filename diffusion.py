@@ -477,7 +477,7 @@ class Transformer(nn.Module):
 
     d_in: C or d. D: width, divisible by 4 * heads. patch: side of a patch; H and W must be divisible by it (ValueError otherwise).
     classes: number of labels, 0 for none. d_context: width of the context vectors of y, 0 for none; they join the sequence, and
-    those whose mask is False count for nothing. places: number of learned positions, which a `Chain` needs; 0: sinusoids, so that any
+    those whose mask is False count for nothing. places: number of learned positions of vectors; 0: sinusoids, so that any
     size or length is accepted. self_condition: a guess of x0, shaped like xt, is a fourth argument; without one it is 0. t may be None,
     where xt itself says how far it is (see `Masked`).
     """
@@ -507,23 +507,21 @@ class Transformer(nn.Module):
             x = x.view(B, -1, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(B, H * W // p**2, -1)  # (B, k, d)
             row, col = torch.meshgrid(*(torch.arange(n // p, device=x.device) for n in (H, W)), indexing="ij")
             position = torch.cat([sinusoid(row.flatten(), D // 2), sinusoid(col.flatten(), D // 2)], dim=-1)  # (k, D)
-        elif chain:
-            position = self.places(chain.position[: x.shape[1]])
         else:
-            position = sinusoid(torch.arange(x.shape[1], device=x.device), D)
+            position = self.place(chain.position[: x.shape[1]] if chain else torch.arange(x.shape[1], device=x.device))
         h, k, group, past = self.inp(x) + position, x.shape[1], slice(None), [None] * len(self.blocks)  # (B, k, D)
         if t is None:
             emb = self.clean(xt.device)
         else:
             emb = F.silu(self.embed(t if chain else t[:, None], labels if labels is None else labels[:, None]))  # (B, 1 or n, D)
         if chain:
-            h = torch.cat([h, self.context(chain.context) + self.places(chain.position[k:])], dim=1)
+            h = torch.cat([h, self.context(chain.context) + self.place(chain.position[k:])], dim=1)
             if t is not None:
                 emb = torch.cat([emb, self.clean(xt.device).expand(len(t), -1, -1)], dim=1)
                 group = F.pad(chain.block, (0, h.shape[1] - k), value=emb.shape[1] - 1)  # (k + c,)
             mask, past = chain.see[:, None], chain.past or past
         elif context is not None:
-            h = torch.cat([h, self.context(context) + sinusoid(torch.arange(context.shape[1], device=x.device), D)], dim=1)
+            h = torch.cat([h, self.context(context) + self.place(torch.arange(context.shape[1], device=x.device))], dim=1)
             mask = F.pad(mask, (k, 0), value=True)[:, None, None]  # (B, 1, 1, k + L): every position may look at these
         for block, kv in zip(self.blocks, past):
             h, _ = block(h, emb, mask, group, kv)
@@ -533,13 +531,17 @@ class Transformer(nn.Module):
             out = out.view(B, H // p, W // p, C, p, p).permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
         return out
 
+    def place(self, position: Tensor) -> Tensor:
+        """The embedding (L, D) of positions (L,)."""
+        return self.places(position) if self.places else sinusoid(position, self.inp.out_features)
+
     def clean(self, device) -> Tensor:
         """The embedding (1, 1, D) of step 0, at which a context stands."""
         return F.silu(self.embed(torch.zeros(1, 1, dtype=torch.long, device=device), None))
 
     def remember(self, context: Tensor, position: Tensor, see: Tensor, past: list) -> list:
         """`past` for each block, grown by clean context (B, c, d) at places position (c,); see (B or 1, c, p + c): whom each of them sees."""
-        h, grown = self.context(context) + self.places(position), []
+        h, grown = self.context(context) + self.place(position), []
         emb = self.clean(h.device)
         for block, kv in zip(self.blocks, past or [None] * len(self.blocks)):
             h, kv = block(h, emb, see[:, None], past=kv)

@@ -57,6 +57,7 @@ class Config:
     self_condition: float = 0.0  # share of steps in which the denoiser sees its first guess
     snapshot: float = 0.0  # multi: share of training chains whose earlier thoughts are the model's own guesses of them
     snapshot_temperature: float = 3.0  # tokens: of those guesses; at 1 a model that has learned its task makes no errors to learn from
+    positions: Literal["learned", "sinusoid"] = "learned"  # of the denoiser's sequence
     width: int = 128  # width of the denoiser
     depth: int = 4  # blocks of the denoiser
     # -- optimisation --
@@ -91,7 +92,7 @@ class Config:
 
     kind = "reason"
     fixed = tuple(
-        "dataset digits terms train_n form max_question max_thoughts codec k d vae_width vae_depth latent_noise process passes T schedule shift predict weight self_condition snapshot snapshot_temperature width depth batch_size seed".split()
+        "dataset digits terms train_n form max_question max_thoughts codec k d vae_width vae_depth latent_noise process passes T schedule shift predict weight self_condition snapshot snapshot_temperature positions width depth batch_size seed".split()
     )
 
     def __post_init__(self):
@@ -347,7 +348,8 @@ def build(cfg: Config, facts: dict, extra: dict, device) -> Thinker:
         codec = Latents(codec, vae.eval().requires_grad_(False), max(facts["widths"]), extra["mean"], extra["std"], device)
     layout = Layout(codec, facts["widths"], cfg.passes, device)
     torch.manual_seed(cfg.seed)
-    model = Transformer(codec.d, cfg.width, cfg.depth, d_context=codec.d, self_condition=cfg.self_condition > 0, places=layout.places).to(device)
+    places = layout.places if cfg.positions == "learned" else 0
+    model = Transformer(codec.d, cfg.width, cfg.depth, d_context=codec.d, self_condition=cfg.self_condition > 0, places=places).to(device)
     try:
         if cfg.process == "masked":
             process = Masked(cfg.T, cfg.weight, cfg.self_condition)

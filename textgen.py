@@ -23,8 +23,8 @@ from training import Run, UserError, autocast, finished, is_main, load_checkpoin
 from vae import LabelGPT, TextVAE, backbone, corrupt, small_backbones, small_gpt
 
 SIZES = {  # what a field left at 0 or "" becomes
-    "tiny": dict(encoder="scratch", decoder="scratch", max_tokens=64, lr=1e-3, vae_steps=5000, vae_batch=32, width=192, depth=6, diffusion_steps=2500, diffusion_batch=128),
-    "base": dict(encoder="bert-base-uncased", decoder="gpt2", max_tokens=256, lr=1e-4, vae_steps=50_000, vae_batch=128, width=768, depth=12, diffusion_steps=100_000, diffusion_batch=256),
+    "tiny": dict(encoder="scratch", decoder="scratch", max_tokens=64, k=32, latent_noise=1.6, shift=4.0, lr=1e-3, vae_steps=5000, vae_batch=32, width=192, depth=6, diffusion_steps=2500, diffusion_batch=128),
+    "base": dict(encoder="bert-base-uncased", decoder="gpt2", max_tokens=256, k=16, latent_noise=0.3, shift=2.0, lr=1e-4, vae_steps=50_000, vae_batch=128, width=768, depth=12, diffusion_steps=100_000, diffusion_batch=256),
 }
 
 ALARM_FROM = 1000  # steps of the VAE before which its codes may still be ignored
@@ -47,13 +47,13 @@ class Config:
     vocab: int = 2048  # scratch: tokens of the BPE that is trained on the texts
     vae_width: int = 192  # scratch: width of encoder and decoder
     vae_depth: int = 3  # scratch: blocks of encoder and decoder
-    k: int = 16  # codes of a text
-    span: int = 0  # neighbouring states of the encoder that a code is made of; 0: max_tokens / k; 1: the first k states, as PLANNER's
+    k: int = 0  # codes of a text
+    span: int = 0  # neighbouring states of the encoder that a code is made of; 0: as many as cover the text; 1: the first k states, as PLANNER's
     pool: Literal["mean", "concat"] = "mean"  # of those states: concat keeps their order, mean is learned from fewer texts
     d: int = 256  # width of a code: wide, so that what noise takes from one number another still says
     tanh: bool = True  # bound the codes to (-1, 1)
     variance: Literal["fixed", "learned"] = "fixed"  # of the codes: fixed noise, or PLANNER's learned one with a KL term
-    latent_noise: float = 0.45  # fixed: standard deviation of the noise on the codes that the decoder learns from: more makes new texts more fluent and copies less exact
+    latent_noise: float = 0.0  # fixed: standard deviation of the noise on the codes that the decoder learns from: more makes new texts more fluent and copies less exact
     beta: float = 0.0  # weight of the KL, in nats a text
     corrupt: Literal["sub", "mask"] = "sub"  # the encoder's input noise: random tokens, or the mask token
     p_max: float = 0.4  # each text is corrupted at a rate drawn from 0..p_max
@@ -63,7 +63,7 @@ class Config:
     condition: Literal["none", "label", "prefix", "column"] = "label"  # the class; the text before; or the text in --condition_column
     T: int = 1000  # timesteps of the forward process
     schedule: Literal["cosine", "linear"] = "cosine"  # noise schedule
-    shift: float = 2.0  # above 1: more of the steps at high noise
+    shift: float = 0.0  # above 1: more of the steps at high noise
     predict: Literal["x0", "v", "eps"] = "v"  # what the denoiser's output means
     weight: Literal["min-snr", "plain"] = "plain"  # weight of a step's loss
     self_condition: float = 0.5  # share of steps in which the denoiser sees its first guess
@@ -112,7 +112,7 @@ class Config:
             if not getattr(self, name):
                 object.__setattr__(self, name, value)
 
-        object.__setattr__(self, "span", self.span or max(1, self.max_tokens // self.k))
+        object.__setattr__(self, "span", self.span or -(-self.max_tokens // self.k))
 
         need(self, "k span d vae_depth depth vae_steps vae_batch diffusion_steps diffusion_batch T log_every sample_every save_every", 1)
         need(self, "warmup max_steps batch_size score_n latent_noise beta", 0)
@@ -126,8 +126,8 @@ class Config:
         need(self, "steps", 1, self.T)
         if self.width % 16 or self.vae_width % 8:
             raise ValueError(f"width must be divisible by 16 and vae_width by 8, got {self.width} and {self.vae_width}")
-        if self.k * self.span > max(self.k, self.max_tokens):
-            raise ValueError(f"k times span must be at most max_tokens, {self.max_tokens}, got {self.k} times {self.span}")
+        if self.k * (self.span - 1) >= self.max_tokens:
+            raise ValueError(f"k times span must not go a span beyond max_tokens, {self.max_tokens}, got {self.k} times {self.span}")
         if self.sample_from and self.score_from:
             raise ValueError("choose one of sample_from and score_from")
         if (self.condition == "column") != bool(self.condition_column):
@@ -213,7 +213,7 @@ def build_vae(cfg: Config, facts: dict, device: torch.device, load: bool = True)
             raise UserError(f"{cfg.encoder} and {cfg.decoder} could not be had ({reason(error)}); --size tiny needs no download") from error
         facts["backbones"] = [part.config.to_json_string(use_diff=False) for part in parts]
     limit = min(parts[0].config.max_position_embeddings, parts[1].config.n_positions - cfg.k)
-    if cfg.max_tokens > limit:
+    if max(cfg.max_tokens, cfg.k * cfg.span) > limit:
         raise UserError(f"--max_tokens {cfg.max_tokens}, but {cfg.encoder} and {cfg.decoder} take at most {limit} with {cfg.k} codes")
     how = dict(span=cfg.span, pool=cfg.pool, tanh=cfg.tanh, variance=cfg.variance, noise=cfg.latent_noise, beta=cfg.beta, p_max=cfg.p_max)
     return TextVAE(*parts, cfg.k, cfg.d, codec.eos, mask_id=codec.mask if cfg.corrupt == "mask" else None, **how).to(device)

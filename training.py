@@ -55,9 +55,7 @@ def run_script(config_class, main, doc: str) -> None:
             except (TypeError, ValueError) as error:
                 raise UserError(f"{path} has a configuration of another version of this script: {error}") from error
             cfg = parse(default=default)
-            for name in config_class.fixed:  # but for these three, which say nothing of what the weights mean
-                if name not in ("seed", "batch_size", "dataset") and getattr(cfg, name) != saved.get(name):
-                    raise UserError(f"--{name} {getattr(cfg, name)}, but {path} was trained with {saved.get(name)}: leave the flag out")
+            same_settings(cfg, saved, path, "leave the flag out", but=("seed", "batch_size", "dataset"))  # they say nothing of what the weights mean
         else:
             cfg = parse()
         main(cfg)
@@ -161,15 +159,20 @@ def load_checkpoint(path, kind: str) -> dict:
     return checkpoint
 
 
+def same_settings(cfg, saved: dict, path, way_out: str, but: tuple = ()) -> None:
+    """Raise UserError where a field of cfg.fixed, but for those in `but`, is not as the checkpoint at `path` saved it."""
+    for name in cfg.fixed:
+        if name not in but and getattr(cfg, name) != saved.get(name):
+            raise UserError(f"--{name} {getattr(cfg, name)}, but {path} was trained with {saved.get(name)}: {way_out}")
+
+
 def finished(cfg) -> bool:
     """Whether cfg.out holds a checkpoint that needs no more training. Raises UserError where that has other settings than cfg in what cfg.fixed names."""
     path = Path(cfg.out) / "last.pt"
     if not path.exists():
         return False
     checkpoint = load_checkpoint(path, cfg.kind)
-    for name in cfg.fixed:
-        if checkpoint["config"].get(name) != getattr(cfg, name):
-            raise UserError(f"--{name} {getattr(cfg, name)}, but {path} was trained with {checkpoint['config'].get(name)}: keep it, or choose another --out")
+    same_settings(cfg, checkpoint["config"], path, "keep it, or choose another --out")
     return checkpoint["step"] >= cfg.max_steps or 0 < getattr(cfg, "seconds", 0) <= checkpoint["seconds"]
 
 
@@ -315,10 +318,7 @@ class Run:
 
     def _load(self, path: Path) -> None:
         old = load_checkpoint(path, self.kind)
-        new = asdict(self.cfg)
-        for name in self.cfg.fixed:
-            if old["config"].get(name) != new[name]:
-                raise UserError(f"--resume with --{name} {new[name]}, but {path} was trained with {old['config'].get(name)}: keep it, or choose another --out")
+        same_settings(self.cfg, old["config"], path, "keep it, or choose another --out")
         for name, value in self.facts.items():
             if old["facts"].get(name) != value:
                 raise UserError(f"--resume on other data: its {name} is {value}, but {path} was trained with {old['facts'].get(name)}; choose another --out")

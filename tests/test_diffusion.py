@@ -460,14 +460,14 @@ def test_token_prediction_is_a_softmax_and_its_loss_a_cross_entropy():
     torch.testing.assert_close(process.sample(lambda xt, t, y: 100 * x0, x0.shape, sampler="ddim", steps=5), x0)
 
 
-def two_thoughts(seed=0, count=None, depth=2):
+def two_thoughts(seed=0, count=None, depth=2, places=9):
     """A Transformer and a chain as reason.py lays it out: two thoughts of 3 and 2 positions, a question of 4, the first thought clean."""
     torch.manual_seed(seed)
     block, of = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 0, 0, 1, 1, -1, -1, -1, -1, 0, 0, 0])
     noised = torch.arange(12) < 5
     see = torch.where(noised[None], noised[:, None] & (of[:, None] == of), torch.where(noised[:, None], of < of[:, None], of <= of[:, None]))[None]
     position = torch.cat([torch.arange(4, 9), torch.arange(7)])
-    model = Transformer(5, 32, depth, d_context=5, places=9)
+    model = Transformer(5, 32, depth, d_context=5, places=places)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)  # adaLN-zero would let nothing through
     question, x0 = one_hot(2, 4), one_hot(2, 5, seed=1)
@@ -492,9 +492,9 @@ def test_a_thought_sees_the_question_and_the_clean_thoughts_before_and_nothing_e
     assert torch.equal(moved[:, :3], out[:, :3]) and not torch.allclose(moved[0, 3:], out[0, 3:], atol=1e-4)  # each thought has its own t
 
 
-@pytest.mark.parametrize("timeless", [False, True])
-def test_cached_thoughts_are_the_same_as_the_whole_sequence(timeless):
-    model, q, x0, chain = two_thoughts()
+@pytest.mark.parametrize("timeless, places", [(False, 9), (True, 9), (False, 0)])
+def test_cached_thoughts_are_the_same_as_the_whole_sequence(timeless, places):
+    model, q, x0, chain = two_thoughts(places=places)
     t, xt = torch.tensor([[3, 50], [7, 20]]), torch.randn(2, 5, 5, generator=rng())
     whole = model(xt, None if timeless else t, chain(q, x0))
     ones = lambda n, m: torch.ones(1, n, m, dtype=torch.bool)

@@ -258,6 +258,14 @@ def test_two_processes_train_both_stages(tmp_path):
     assert done.stdout.count("sample again") == 1 and load_checkpoint(tmp_path / "diffusion/last.pt", "textgen")["step"] == 3
 
 
+@pytest.mark.parametrize("max_tokens", [16, 48, 64])
+def test_the_codes_cover_the_text(max_tokens, tmp_path):
+    cfg, texts = textgen.Config(dataset="grammar", max_tokens=max_tokens, vae_depth=1), load_texts("grammar")
+    assert cfg.k * cfg.span >= max_tokens
+    vae = textgen.build_vae(cfg, textgen.vae_facts(cfg, texts, tmp_path), CPU)
+    assert vae.encode(torch.full((2, max_tokens), 7))[0].shape == (2, cfg.k, cfg.d)  # also where the last codes read beyond the text
+
+
 def test_tripadvisor_slice(cli, tmp_path):
     path = ROOT.parent / "shared/data/tripadvisor/tripadvisor_hotel_reviews.csv"
     if not path.exists():
@@ -292,7 +300,7 @@ def test_help_shows_every_field_with_its_own_comment(cli):
         ("--p_max 1.5", "p_max must be in [0, 1], got 1.5"),
         ("--max_tokens 1021", "max_tokens must be in [4, 1020], got 1021"),
         ("--width 100", "divisible by 16"),
-        ("--span 17", "k times span must be at most max_tokens, 64, got 4 times 17"),
+        ("--span 17", "k times span must not go a span beyond max_tokens, 64, got 4 times 17"),
         ("--condition column", "go together"),
         ("--dataset nothing", "no data set 'nothing'; choose grammar, tripadvisor"),
         ("--dataset nothing.csv", "no file nothing.csv"),
