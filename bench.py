@@ -66,15 +66,15 @@ class Config:
 
 
 class Ours:
-    """imagen.py's UNet; `textbook` keeps the network and takes the recipe of DDPM (eps, linear betas, plain weight)."""
+    """imagen.py's UNet; `textbook` keeps the network and takes the recipe of DDPM (eps, linear betas, plain weight); its lr is 2e-4 (appendix B)."""
 
     usual = 10
 
-    def __init__(self, size: int, device, textbook: bool = False, precision: str = "auto"):
+    def __init__(self, size: int, device, textbook: bool = False, precision: str = "auto", lr: float = imagen.Config.lr):
         recipe = dict(predict="eps", schedule="linear", weight="plain") if textbook else {}
         self.cfg = imagen.Config(precision=precision, seed=torch.initial_seed() % 2**31, **recipe)  # weights drawn as the peers draw theirs
         self.process, self.model = imagen.build(self.cfg, dict(shape=[1, size, size], names=[]), device)
-        self.device, self.call = device, lambda model, x, t: model(x, t)
+        self.device, self.lr, self.call = device, lr, lambda model, x, t: model(x, t)
 
     def loss(self, x: Tensor) -> Tensor:
         with autocast(self.device, self.cfg.precision):
@@ -88,7 +88,7 @@ class Ours:
 class Diffusers:
     """diffusers' UNet2DModel, DDPMScheduler's training noise and DDIMScheduler's steps."""
 
-    usual = 1000
+    usual, lr = 1000, imagen.Config.lr
 
     def __init__(self, size: int, device):
         import diffusers
@@ -116,7 +116,7 @@ class Diffusers:
 class Lucidrains:
     """denoising-diffusion-pytorch's Unet and GaussianDiffusion with their own defaults (v, sigmoid schedule)."""
 
-    usual = 1000
+    usual, lr = 1000, imagen.Config.lr
 
     def __init__(self, size: int, device):
         from denoising_diffusion_pytorch import GaussianDiffusion, Unet, denoising_diffusion_pytorch
@@ -142,20 +142,21 @@ SIDES = {
     "ours": Ours,
     "ours, fp32": lambda size, device: Ours(size, device, precision="fp32"),
     "ours, textbook recipe": lambda size, device: Ours(size, device, textbook=True),
+    "ours, textbook recipe and lr": lambda size, device: Ours(size, device, textbook=True, lr=2e-4),
     "diffusers": Diffusers,
     "denoising-diffusion-pytorch": Lucidrains,
 }
-SCORED = {"ours": 10, "ours, textbook recipe": 10, "diffusers": 50, "denoising-diffusion-pytorch": 50}  # evaluations a sample
+SCORED = {"ours": 10, "ours, textbook recipe": 10, "ours, textbook recipe and lr": 10, "diffusers": 50, "denoising-diffusion-pytorch": 50}  # evaluations a sample
 
 
 class Trainer:
-    """A side with the optimizer, warm-up, clipping and EMA that all sides share."""
+    """A side with the optimizer, warm-up, clipping and EMA that all sides share, and its learning rate, imagen.py's but for one row."""
 
     def __init__(self, side, x: Tensor, batch_size: int, seed: int):
         cfg = imagen.Config()
         self.side, self.x, self.batch_size, self.seed, self.step = side, x, batch_size, seed, 0
-        self.params, self.lr = list(side.model.parameters()), lambda step: cfg.lr * min(1, step / cfg.warmup)
-        self.opt = torch.optim.AdamW(self.params, lr=cfg.lr, weight_decay=0.0, fused=x.device.type != "mps")
+        self.params, self.lr = list(side.model.parameters()), lambda step: side.lr * min(1, step / cfg.warmup)
+        self.opt = torch.optim.AdamW(self.params, lr=side.lr, weight_decay=0.0, fused=x.device.type != "mps")
         average = lambda ema, new, _: torch._foreach_lerp_(ema, new, 1 - ema_ramp(self.step, cfg.ema_decay))
         self.ema = AveragedModel(side.model, multi_avg_fn=average).eval()
 

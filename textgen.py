@@ -203,7 +203,7 @@ def build_vae(cfg: Config, facts: dict, device: torch.device, load: bool = True)
     torch.manual_seed(cfg.seed)
     codec = Codec(**facts["codec"])
     if cfg.encoder == "scratch":
-        parts = small_backbones(codec.vocab, cfg.vae_width, cfg.vae_depth, cfg.max_tokens + cfg.k + 1)
+        parts = small_backbones(codec.vocab, cfg.vae_width, cfg.vae_depth, max(cfg.max_tokens, cfg.k * cfg.span) + cfg.k + 1)
     elif "backbones" in facts and not load:
         parts = [backbone("", config, part) for config, part in zip(facts["backbones"], ("encoder", "decoder"))]
     else:
