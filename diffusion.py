@@ -48,8 +48,9 @@ class Chain:
 
     block: (k,) the thought, 0..n-1, that each position of xt belongs to; then t is (B, n). context: (B, c, d) clean vectors, at step 0.
     position: (k + c,) place of each position of [xt, context] in the text. see: (B or 1, k + c, p + k + c) bool, whether a position
-    of [xt, context] (row) sees one of [past, xt, context]. past: keys and values of p positions for each block of the Transformer, see
-    `Transformer.remember`. count: (B, k) bool, the positions that the loss counts; None: all.
+    of [xt, context] (row) sees one of [past, xt, context]. past: keys and values of p positions for each block of the Transformer.
+    keep: the first evaluation moves the context into past, so that the next ones, and later thoughts, need not read it again.
+    count: (B, k) bool, the positions that the loss counts; None: all.
     """
 
     block: Tensor
@@ -57,16 +58,26 @@ class Chain:
     position: Tensor
     see: Tensor
     past: list = field(default_factory=list)
+    keep: bool = False
     count: Tensor | None = None
 
+    def move(self, seen: list) -> None:
+        """Move the context into past, given the keys and values (B, heads, p + k + c, D/heads) of [past, xt, context] for each block."""
+        k, c = len(self.block), self.context.shape[1]
+        order = torch.arange(self.see.shape[-1], device=self.see.device)
+        order = torch.cat([order[: -k - c], order[len(order) - c :], order[-k - c : len(order) - c]])  # [past, context, xt]
+        self.past = [tuple(part[:, :, order[:-k]] for part in pair) for pair in seen]
+        self.context, self.position, self.see = self.context[:, :0], self.position[:k], self.see[:, :k, order]
 
-def draw_t(T: int, x0: Tensor, y) -> tuple[Tensor, Tensor]:
-    """Uniform steps in 1..T as the denoiser wants them, (B,) or, for a chain of n thoughts, (B, n); and as x0 wants them, (B,) or (B, k)."""
-    if not isinstance(y, Chain):
-        t = torch.randint(1, T + 1, (len(x0),), device=x0.device)
-        return t, t
-    t = torch.randint(1, T + 1, (len(x0), int(y.block[-1]) + 1), device=x0.device)
-    return t, t[:, y.block]
+
+def draw_t(T: int, x0: Tensor, y, shift: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Steps in 1..T as the denoiser wants them, (B,) or, for a chain of n thoughts, (B, n); and as x0 wants them, (B,) or (B, k).
+
+    They are uniform for shift = 1; above it t/(T - t) is `shift` times that of a uniform step.
+    """
+    t = torch.randint(1, T + 1, (len(x0), int(y.block[-1]) + 1) if isinstance(y, Chain) else (len(x0),), device=x0.device)
+    t = (t * (shift * T / (T + (shift - 1) * t))).ceil().long() if shift != 1 else t
+    return (t, t[:, y.block]) if isinstance(y, Chain) else (t, t)
 
 
 def full_t(t: int, x: Tensor, y) -> Tensor:
@@ -245,11 +256,11 @@ class Masked(nn.Module):
     self_condition: as in `Diffusion`; the guess are the probabilities of each token.
     """
 
-    def __init__(self, T: int = 1000, weight: str = "plain", self_condition: float = 0.0):
+    def __init__(self, T: int = 1000, weight: str = "plain", self_condition: float = 0.0, shift: float = 1.0):
         super().__init__()
-        if weight not in ("elbo", "plain"):
-            raise ValueError(f"weight is elbo or plain, got {weight!r}")
-        self.T, self.weight, self.self_condition = T, weight, self_condition
+        if weight not in ("elbo", "plain") or weight == "elbo" and shift != 1:
+            raise ValueError(f"weight is elbo or plain, and elbo is a bound for shift 1 only, got {weight!r} and {shift:g}")
+        self.T, self.weight, self.self_condition, self.shift = T, weight, self_condition, shift
 
     def q_sample(self, x0: Tensor, t: Tensor) -> Tensor:
         """xt for x0 (B, k, V) at steps t (B,), or (B, k) for each position. MDLM eq. 3."""
@@ -258,7 +269,7 @@ class Masked(nn.Module):
 
     def loss(self, model, x0: Tensor, y=None, drop: float = 0.0) -> Tensor:
         """Scalar training loss of one-hot x0 (B, k, V) under condition y, which is dropped with probability `drop`."""
-        t = draw_t(self.T, x0, y)[1]
+        t = draw_t(self.T, x0, y, self.shift)[1]
         xt = self.q_sample(x0, t)
         y, guess = drop_condition(y, drop), ()
         if self.self_condition and torch.rand(()) < self.self_condition:
@@ -273,7 +284,7 @@ class Masked(nn.Module):
     @torch.no_grad()
     def guess(self, model, x0: Tensor, y=None) -> Tensor:
         """The denoiser's guess, in one evaluation, of x0 (B, k, V) masked at random steps: one-hot where known, probabilities where not."""
-        t = draw_t(self.T, x0, y)[1]
+        t = draw_t(self.T, x0, y, self.shift)[1]
         xt = self.q_sample(x0, t)
         return torch.where(xt.any(-1, keepdim=True), xt, model(xt, None, y).float().softmax(-1))
 
@@ -455,19 +466,22 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
         self.ada = zero(nn.Linear(D, 6 * D))
 
-    def forward(self, h: Tensor, emb: Tensor, mask, group=slice(None), past=None):
+    def forward(self, h: Tensor, emb: Tensor, mask, group=slice(None), past=None, wanted=None):
         """h (B, L, D) and the keys and values (B, heads, p + L, D/heads) that it saw; emb (B, G, D) of which position i takes group[i], or G = 1.
 
         mask: who sees whom, broadcast to (B, heads, L, p + L). past: keys and values (B, heads, p, D/heads) of p positions before.
+        wanted: only so many of the positions, the first, come back; None: all.
         """
         B, L, D = h.shape
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.ada(emb)[:, group].chunk(6, dim=-1)  # each (B, 1 or L, D)
+        shift1, scale1, *rest = self.ada(emb)[:, group].chunk(6, dim=-1)  # each (B, 1 or L, D)
+        gate1, shift2, scale2, gate2 = (part[:, :wanted] for part in rest)
         x = modulate(h, scale1, shift1)
         q, k, v = self.qkv(x).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (B, heads, L, D/heads)
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        x = attention(q, k, v, mask).transpose(1, 2).reshape(B, L, D)
-        h = h + gate1 * self.out(x)
+        mask = mask if mask is None else mask[:, :, :wanted]
+        x = attention(q[:, :, :wanted], k, v, mask).transpose(1, 2).flatten(2)
+        h = h[:, :wanted] + gate1 * self.out(x)
         x = modulate(h, scale2, shift2)
         return h + gate2 * self.mlp(x), (k, v)
 
@@ -523,10 +537,14 @@ class Transformer(nn.Module):
         elif context is not None:
             h = torch.cat([h, self.context(context) + self.place(torch.arange(context.shape[1], device=x.device))], dim=1)
             mask = F.pad(mask, (k, 0), value=True)[:, None, None]  # (B, 1, 1, k + L): every position may look at these
+        seen = []
         for block, kv in zip(self.blocks, past):
-            h, _ = block(h, emb, mask, group, kv)
+            h, kv = block(h, emb, mask, group, kv, k if block is self.blocks[-1] else None)  # the last one's context is read by no one
+            seen.append(kv)
+        if chain and chain.keep:
+            chain.move(seen)
         shift, scale = self.ada(emb)[:, group if t is None or not chain else chain.block].chunk(2, dim=-1)
-        out = self.head(modulate(h[:, :k], scale, shift))  # (B, k, d)
+        out = self.head(modulate(h, scale, shift))  # (B, k, d)
         if p:
             out = out.view(B, H // p, W // p, C, p, p).permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
         return out
@@ -538,12 +556,3 @@ class Transformer(nn.Module):
     def clean(self, device) -> Tensor:
         """The embedding (1, 1, D) of step 0, at which a context stands."""
         return F.silu(self.embed(torch.zeros(1, 1, dtype=torch.long, device=device), None))
-
-    def remember(self, context: Tensor, position: Tensor, see: Tensor, past: list) -> list:
-        """`past` for each block, grown by clean context (B, c, d) at places position (c,); see (B or 1, c, p + c): whom each of them sees."""
-        h, grown = self.context(context) + self.place(position), []
-        emb = self.clean(h.device)
-        for block, kv in zip(self.blocks, past or [None] * len(self.blocks)):
-            h, kv = block(h, emb, see[:, None], past=kv)
-            grown.append(kv)
-        return grown

@@ -51,13 +51,13 @@ class Config:
     passes: Literal["multi", "single"] = "multi"  # a thought at a time, given those before, or the whole chain at once
     T: int = 1000  # timesteps of the forward process
     schedule: Literal["cosine", "linear"] = "cosine"  # gaussian: noise schedule
-    shift: float = 1.0  # gaussian: above 1: more of the steps at high noise
+    shift: float = 0.0  # above 1: more of the steps at high noise, or, masked, more masks while it trains; 0: 3 for masked with weight plain, else 1
     predict: Literal["token", "x0", "v", "eps"] = "token"  # gaussian: what the denoiser's output means; token (logits) for the codec tokens only
     weight: Literal["plain", "min-snr", "elbo"] = "plain"  # weight of a step's loss: min-snr for gaussian, elbo for masked, plain for both
     self_condition: float = 0.0  # share of steps in which the denoiser sees its first guess
     snapshot: float = 0.0  # multi: share of training chains whose earlier thoughts are the model's own guesses of them
     snapshot_temperature: float = 3.0  # tokens: of those guesses; at 1 a model that has learned its task makes no errors to learn from
-    positions: Literal["learned", "sinusoid"] = "learned"  # of the denoiser's sequence
+    positions: Literal["sinusoid", "learned"] = "sinusoid"  # of the denoiser's sequence
     width: int = 128  # width of the denoiser
     depth: int = 4  # blocks of the denoiser
     # -- optimisation --
@@ -96,6 +96,8 @@ class Config:
     )
 
     def __post_init__(self):
+        if not self.shift:
+            object.__setattr__(self, "shift", 3.0 if (self.process, self.weight) == ("masked", "plain") else 1.0)
         need(self, "train_n max_question k d vae_depth vae_steps depth max_steps batch_size votes score_n log_every sample_every save_every", 1)
         need(self, "terms max_thoughts T", 2)
         need(self, "warmup seconds latent_noise temperature vote_temperature", 0)
@@ -273,31 +275,34 @@ class Thinker:
         an answer; at last x0 of the whole chains.
 
         given: x0 of the first thoughts, kept as they are. start: x0 (B, k, d) of whole chains and the step t to which they are noised to
-        begin from. What is finished is read once, and then only its keys and values are used.
+        begin from. What is finished is read once, along with the next thought's first step, and then only its keys and values are used.
         """
         layout, codec, settings = self.layout, self.codec, self.settings(seed)
-        seen, done, past, at, ended = known(q), [], [], layout.q, [False] * len(q)
-        new, places = codec.vectors(q), torch.arange(layout.q, device=q.device)
-        starts, slots = layout.cut(start[0]) if start else None, [x.shape[1] for x in layout.cut(torch.zeros(1, layout.k))]
-        for i, width in enumerate(slots):
-            with autocast(self.device, self.cfg.precision):
-                past = self.model.remember(new, places, seen[:, None].expand(-1, new.shape[1], -1), past)
-            places, see = torch.arange(at, at + width, device=q.device), F.pad(seen, (0, width), value=True)
-            y = Chain(torch.zeros(width, dtype=torch.long, device=q.device), new[:, :0], places, see[:, None].expand(-1, width, -1), past)
+        places = torch.arange(layout.k + layout.q + layout.c, device=q.device)  # of thoughts to be made, the question, finished thoughts
+        thoughts, question, finished = places.split([layout.k, layout.q, layout.c])
+        there, slots, starts = F.pad(known(q), (layout.k, layout.c), value=True), layout.cut(thoughts[None]), layout.cut(start[0]) if start else None
+        new, new_at, past, past_at = codec.vectors(q), question, [], question[:0]  # what is finished: not yet read, and read
+        done, ended = [], [False] * len(q)
+        for i, (at,) in enumerate(slots):
             if i < len(given):
                 x0 = given[i]
             else:
-                begin = (starts[i], start[1]) if start else None
-                for x0 in self.ahead(self.process.trajectory(self.model, (len(q), width, codec.d), y, start=begin, **settings)):
+                rows, columns, begin = torch.cat([at, new_at]), torch.cat([past_at, at, new_at]), (starts[i], start[1]) if start else None
+                see = layout.see[:, rows][:, :, columns] & there[:, None, columns]
+                y = Chain(torch.zeros_like(at), new, layout.position[rows], see, past, keep=True)
+                for x0 in self.ahead(self.process.trajectory(self.model, (len(q), len(at), codec.d), y, start=begin, **settings)):
                     yield i, torch.cat([*done, x0], dim=1)
+                past, past_at, new, new_at = y.past, torch.cat([past_at, new_at]), new[:, :0], new_at[:0]
                 x0 = codec.snap(x0) if i + 1 < len(slots) else x0  # what later thoughts read is a text
             done.append(x0)
-            new, at, seen = x0, at + width, see
+            if i + 1 < len(slots):
+                new, new_at = torch.cat([new, x0], dim=1), torch.cat([new_at, finished[at]])
             if self.facts["varies"] and i + 1 < len(slots):
                 ended = [e or is_answer(text) for e, text in zip(ended, codec.decode(x0))]
                 if all(ended):
                     break
-        yield i, F.pad(torch.cat(done, dim=1), (0, 0, 0, layout.q + layout.k - at))  # what lies behind all answers is never read
+        length = sum(x0.shape[1] for x0 in done)
+        yield i, F.pad(torch.cat(done, dim=1), (0, 0, 0, layout.k - length))  # what lies behind all answers is never read
 
     def ahead(self, trajectory):
         """xt of each step of a process's trajectory; autocast holds for the step, not for who reads it."""
@@ -352,7 +357,7 @@ def build(cfg: Config, facts: dict, extra: dict, device) -> Thinker:
     model = Transformer(codec.d, cfg.width, cfg.depth, d_context=codec.d, self_condition=cfg.self_condition > 0, places=places).to(device)
     try:
         if cfg.process == "masked":
-            process = Masked(cfg.T, cfg.weight, cfg.self_condition)
+            process = Masked(cfg.T, cfg.weight, cfg.self_condition, cfg.shift)
         else:
             process = Diffusion(noise_shift(SCHEDULES[cfg.schedule](cfg.T), cfg.shift), cfg.predict, cfg.weight, self_condition=cfg.self_condition)
     except ValueError as error:

@@ -497,13 +497,19 @@ def test_cached_thoughts_are_the_same_as_the_whole_sequence(timeless, places):
     model, q, x0, chain = two_thoughts(places=places)
     t, xt = torch.tensor([[3, 50], [7, 20]]), torch.randn(2, 5, 5, generator=rng())
     whole = model(xt, None if timeless else t, chain(q, x0))
-    ones = lambda n, m: torch.ones(1, n, m, dtype=torch.bool)
-    past = model.remember(q, torch.arange(4), ones(4, 4), [])
-    first = diffusion.Chain(torch.zeros(3, dtype=torch.long), q[:, :0], torch.arange(4, 7), ones(3, 7), past)
-    torch.testing.assert_close(model(xt[:, :3], None if timeless else t[:, :1], first), whole[:, :3], rtol=1e-5, atol=1e-5)
-    past = model.remember(x0[:, :3], torch.arange(4, 7), ones(3, 7), past)
-    second = diffusion.Chain(torch.zeros(2, dtype=torch.long), q[:, :0], torch.arange(7, 9), ones(2, 9), past)
-    torch.testing.assert_close(model(xt[:, 3:], None if timeless else t[:, 1:], second), whole[:, 3:], rtol=1e-5, atol=1e-5)
+
+    def thought(k, context, position, past, p):
+        see = torch.ones(1, k + context.shape[1], p + k + context.shape[1], dtype=torch.bool)
+        see[:, k:, p : p + k] = False  # a context sees no noise
+        return diffusion.Chain(torch.zeros(k, dtype=torch.long), context, torch.tensor(position), see, past, keep=True)
+
+    first = thought(3, q, [4, 5, 6, 0, 1, 2, 3], [], 0)
+    for _ in range(2):  # the question is read at the first evaluation and remembered at the second
+        torch.testing.assert_close(model(xt[:, :3], None if timeless else t[:, :1], first), whole[:, :3], rtol=1e-5, atol=1e-5)
+        assert first.context.shape[1] == 0 and first.past[0][0].shape[2] == 4
+    second = thought(2, x0[:, :3], [7, 8, 4, 5, 6], first.past, 4)
+    for _ in range(2):
+        torch.testing.assert_close(model(xt[:, 3:], None if timeless else t[:, 1:], second), whole[:, 3:], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("process", [diffusion.Masked(100), Diffusion(alpha_bar_cosine(100), "token", "plain"), Diffusion(alpha_bar_cosine(100), "v")])
@@ -527,6 +533,15 @@ def test_every_thought_draws_its_own_step():
     _, q, x0, chain = two_thoughts()
     t, spread = diffusion.draw_t(100, x0.repeat(500, 1, 1), chain(q, x0))
     assert t.shape == (1000, 2) and torch.equal(spread, t[:, [0, 0, 0, 1, 1]]) and (t[:, 0] != t[:, 1]).float().mean() > 0.9
+
+
+def test_shift_draws_more_masks():
+    """Above shift = 1 the odds t/(T - t) are `shift` times as high: of uniform steps a quarter stays in the lower half for 3."""
+    _, _, x0, _ = two_thoughts()
+    t, _ = diffusion.draw_t(100, x0.repeat(5000, 1, 1), None, shift=3.0)
+    assert t.min() >= 1 and t.max() == 100 and (t <= 50).float().mean().item() == pytest.approx(0.25, abs=0.02)
+    with pytest.raises(ValueError, match="bound for shift 1"):
+        diffusion.Masked(100, "elbo", shift=3.0)
 
 
 def test_masked_transformer_overfits_one_batch_of_chains():
