@@ -1,10 +1,10 @@
 """Speed and quality beside the peers, in one interleaved run on the same data and device.
 
     pip install -r requirements-dev.txt
-    python bench.py images                                  FashionMNIST from ./data; about 70 minutes on two CPU cores
+    python bench.py images                                  FashionMNIST from ./data; about 70 minutes on a CPU
     python bench.py images --seconds 0                      speed only, about 4 minutes
     python bench.py text                                    textgen.py beside PLANNER's way of doing the same; about 5 minutes
-    python bench.py reason                                  ways to diffuse a chain of thoughts, and GPT-2; about 65 minutes
+    python bench.py reason                                  ways to diffuse a chain of thoughts, and GPT-2; about 80 minutes
 
 Peers of images: diffusers' UNet2DModel and denoising-diffusion-pytorch's Unet, each with its own loss, at comparable parameter counts. All are
 unconditional and share the batch, optimizer, learning rate, warm-up, clipping and EMA of imagen.py; what differs is the network, the recipe, and that
@@ -320,22 +320,26 @@ def text(cfg: Config, device) -> None:
     compare(f"writing {cfg.batch_size} reviews, tiny, 20 steps of diffusion; one by one from 4", {"in a batch": many, "one by one": single}, cfg, device, cfg.batch_size / 4)
 
 
-WAYS = {  # to diffuse a chain: what each changes of reason.py's defaults
-    "masked, multi-pass (the default)": {},
-    "masked, single-pass": dict(passes="single"),
-    "masked, weight elbo": dict(weight="elbo"),
-    "masked, self-conditioning": dict(self_condition=0.5),
-    "masked, sinusoids as positions": dict(positions="sinusoid"),
-    "gaussian, multi-pass, loss on tokens": dict(process="gaussian"),
-    "gaussian, self-conditioning": dict(process="gaussian", self_condition=0.5),
-    "gaussian, t at less noise (shift 0.5)": dict(process="gaussian", shift=0.5),
-    "gaussian, loss on vectors (x0)": dict(process="gaussian", predict="x0"),
-    "gaussian, single-pass": dict(process="gaussian", passes="single"),
-    "latents": dict(codec="latents", process="gaussian", predict="x0", vae_steps=600),
+START = dict(positions="learned", shift=1.0)  # where the search for reason.py's defaults began: what most ways change one thing of
+
+WAYS = {  # to diffuse a chain: what each sets in place of reason.py's defaults
+    "masked, multi-pass, sinusoids as positions, more masks (the default)": {},
+    "masked, single-pass, likewise": dict(passes="single"),
+    "masked, multi-pass": START,
+    "masked, single-pass": START | dict(passes="single"),
+    "masked, weight elbo": START | dict(weight="elbo"),
+    "masked, self-conditioning": START | dict(self_condition=0.5),
+    "masked, sinusoids as positions": START | dict(positions="sinusoid"),
+    "masked, more masks (shift 3)": START | dict(shift=3.0),
+    "gaussian, multi-pass, loss on tokens": START | dict(process="gaussian"),
+    "gaussian, self-conditioning": START | dict(process="gaussian", self_condition=0.5),
+    "gaussian, t at less noise (shift 0.5)": START | dict(process="gaussian", shift=0.5),
+    "gaussian, loss on vectors (x0)": START | dict(process="gaussian", predict="x0"),
+    "gaussian, single-pass": START | dict(process="gaussian", passes="single"),
+    "latents": START | dict(codec="latents", process="gaussian", predict="x0", vae_steps=600),
 }
 
-
-TOLD = {  # otherwise, to the default way: what becomes of the thoughts of a chain, and of each text
+TOLD = {  # otherwise, to a masked, multi-pass way: what becomes of the thoughts of a chain, and of each text
     "masked, most significant digit first": (lambda thoughts: thoughts, lambda text: re.sub(r"\d( \d)+", lambda digits: digits[0][::-1], text)),
     "masked, one long thought before the answer": (lambda thoughts: [" ".join(thoughts[:-1]), thoughts[-1]], lambda text: text),
     "masked, no thought but the answer": (lambda thoughts: thoughts[-1:], lambda text: text),
@@ -350,12 +354,12 @@ def told(problems: Problems, thoughts, text) -> Problems:
 
 
 def reasoning(cfg: Config, device) -> None:
-    """Train every way of WAYS (latents: with its VAE), the default on the problems of TOLD, and GPT-2 of the same width and depth with its chain and on
+    """Train every way of WAYS (latents: with its VAE), START on the problems of TOLD, and GPT-2 of the same width and depth with its chain and on
     the answer only, for cfg.seconds each; print and draw what each learned. What is finished in the folder already is loaded."""
     given, runs, rows = load_problems("mult", cfg.digits), {}, []
     for name in [*WAYS, *TOLD]:
-        out, changes = f"{cfg.out}/reason/{re.sub('[^a-z0-9]+', '-', name).strip('-')}", WAYS.get(name, {})
-        one = reason.Config(digits=cfg.digits, out=out, seconds=cfg.seconds, max_steps=10**6, sample_every=100, log_every=10, seed=cfg.seeds[0], device=cfg.device, **changes)
+        out, changes = f"{cfg.out}/reason/{re.sub('[^a-z0-9]+', '-', name).strip('-')}", WAYS.get(name, START)
+        one = reason.Config(digits=cfg.digits, out=out, seconds=cfg.seconds, max_steps=10**6, sample_every=50, log_every=10, seed=cfg.seeds[0], device=cfg.device, **changes)
         if name in TOLD or not runs:  # the ways share their problems
             problems = told(given, *TOLD[name]) if name in TOLD else given
             facts = reason.problem_facts(one, problems)
