@@ -541,7 +541,7 @@ class Transformer(nn.Module):
         for block, kv in zip(self.blocks, past):
             h, kv = block(h, emb, mask, group, kv, k if block is self.blocks[-1] else None)  # the last one's context is read by no one
             seen.append(kv)
-        if chain and chain.keep:
+        if chain and chain.keep and chain.context.shape[1]:
             chain.move(seen)
         shift, scale = self.ada(emb)[:, group if t is None or not chain else chain.block].chunk(2, dim=-1)
         out = self.head(modulate(h, scale, shift))  # (B, k, d)
