@@ -161,6 +161,8 @@ def load_texts(dataset: str, text_column: str = "", label_column: str = "", cond
         y = [rng.randrange(5) for _ in range(6000)]
         return _hold_out([grammar_review(rng, rating + 1) for rating in y], y, [""] * len(y), [str(i) for i in range(1, 6)])
     rows, where = _rows(dataset), Path(dataset).name
+    if "train" not in rows:
+        raise UserError(f"{where} has no split train, only {', '.join(rows)}; choose another data set, or a local file")
     columns = list(rows["train"].column_names)
     pick = lambda given, kind: given or next((c for c in COLUMNS[kind] if c in columns), "")
     text, label = pick(text_column, "text"), pick(label_column, "label")
@@ -218,7 +220,7 @@ def _text(value, where: str, split: str, i: int, column: str) -> str:
 
 
 def _label(value, where: str, split: str, i: int, column: str) -> str:
-    value = value[0]["label"] if isinstance(value, list) and value else value  # argilla's form: a list of label and score
+    value = value[0]["label"] if isinstance(value, list) and value and isinstance(value[0], dict) else value  # argilla's form: a list of label and score
     if value is None or value == []:
         raise UserError(f"{where}, {split} row {i + 1}: {column} is missing; mend the row or take it out")
     return str(int(value)) if isinstance(value, float) and value == int(value) else str(value)
@@ -536,6 +538,7 @@ class Tokens:
     def draw(self, x0: Tensor, temperature: float) -> Tensor:
         """As snap, but tokens are drawn where x0 holds probabilities, at a temperature above 0."""
         p = x0.clamp(min=0) ** (1 / temperature)
+        p = p + ~p.any(-1, keepdim=True)  # a guess of vectors, not probabilities, may be nowhere above 0: then any token
         return self.vectors(torch.multinomial(p.flatten(0, -2), 1).view(p.shape[:-1]))
 
     def text(self, ids: list[int]) -> str:

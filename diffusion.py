@@ -7,6 +7,7 @@ Sources: DDPM 2006.11239, iDDPM 2102.09672, DDIM 2010.02502, progressive distill
 Axes: B batch, C channels, H W image, L tokens, k vectors of a sequence, d their width, D model width.
 """
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -46,7 +47,7 @@ SCHEDULES = {"linear": alpha_bar_linear, "cosine": alpha_bar_cosine}
 class Chain:
     """What the thoughts of a chain know of each other: the condition of xt (B, k, d) that holds one thought, or several, each with its own t.
 
-    block: (k,) the thought, 0..n-1, that each position of xt belongs to; then t is (B, n). context: (B, c, d) clean vectors, at step 0.
+    block: (k,) the thought, 0..n-1, that each position of xt belongs to; t is (B, n). context: (B, c, d) clean vectors, at step 0.
     position: (k + c,) place of each position of [xt, context] in the text. see: (B or 1, k + c, p + k + c) bool, whether a position
     of [xt, context] (row) sees one of [past, xt, context]. past: keys and values of p positions for each block of the Transformer.
     keep: the first evaluation moves the context into past, so that the next ones, and later thoughts, need not read it again.
@@ -57,17 +58,26 @@ class Chain:
     context: Tensor
     position: Tensor
     see: Tensor
+    n: int = 1
     past: list = field(default_factory=list)
     keep: bool = False
     count: Tensor | None = None
 
     def move(self, seen: list) -> None:
         """Move the context into past, given the keys and values (B, heads, p + k + c, D/heads) of [past, xt, context] for each block."""
-        k, c = len(self.block), self.context.shape[1]
+        k, p = len(self.block), self.see.shape[-1] - self.see.shape[1]
         order = torch.arange(self.see.shape[-1], device=self.see.device)
-        order = torch.cat([order[: -k - c], order[len(order) - c :], order[-k - c : len(order) - c]])  # [past, context, xt]
+        order = torch.cat([order[:p], order[p + k :], order[p : p + k]])  # [past, context, xt]
         self.past = [tuple(part[:, :, order[:-k]] for part in pair) for pair in seen]
         self.context, self.position, self.see = self.context[:, :0], self.position[:k], self.see[:, :k, order]
+
+
+@contextmanager
+def peek():
+    """No gradients inside. Autocast forgets its bf16 copies of the weights afterwards: in older torch those made here would keep gradients from them."""
+    with torch.no_grad():
+        yield
+    torch.clear_autocast_cache()
 
 
 def draw_t(T: int, x0: Tensor, y, shift: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -75,14 +85,14 @@ def draw_t(T: int, x0: Tensor, y, shift: float = 1.0) -> tuple[Tensor, Tensor]:
 
     They are uniform for shift = 1; above it t/(T - t) is `shift` times that of a uniform step.
     """
-    t = torch.randint(1, T + 1, (len(x0), int(y.block[-1]) + 1) if isinstance(y, Chain) else (len(x0),), device=x0.device)
+    t = torch.randint(1, T + 1, (len(x0), y.n) if isinstance(y, Chain) else (len(x0),), device=x0.device)
     t = (t * (shift * T / (T + (shift - 1) * t))).ceil().long() if shift != 1 else t
     return (t, t[:, y.block]) if isinstance(y, Chain) else (t, t)
 
 
 def full_t(t: int, x: Tensor, y) -> Tensor:
     """The step t for all of x, (B,) or, for a chain, (B, n)."""
-    return torch.full((len(x), int(y.block[-1]) + 1) if isinstance(y, Chain) else (len(x),), t, device=x.device)
+    return torch.full((len(x), y.n) if isinstance(y, Chain) else (len(x),), t, device=x.device)
 
 
 def mean_counted(error: Tensor, y) -> Tensor:
@@ -134,7 +144,7 @@ class Diffusion(nn.Module):
         xt = self.q_sample(x0, t_x0, eps)
         y, guess = drop_condition(y, drop), ()
         if self.self_condition and torch.rand(()) < self.self_condition:
-            with torch.no_grad():
+            with peek():
                 guess = (self.predict_x0(model(xt, t, y).float(), xt, t_x0),)
         out = model(xt, t, y, *guess).float()
         if self.predict == "token":
@@ -146,7 +156,7 @@ class Diffusion(nn.Module):
         error = error.reshape(*t_x0.shape, -1).mean(-1)  # (B,), or (B, k); DDPM eq. 14
         return mean_counted(self.weight_table[t_x0] * error, y)
 
-    @torch.no_grad()
+    @peek()
     def guess(self, model, x0: Tensor, y=None) -> Tensor:
         """The denoiser's guess, in one evaluation, of x0 (B, ...) noised to random steps: what it makes of a snapshot."""
         t, t_x0 = draw_t(self.T, x0, y)
@@ -273,7 +283,7 @@ class Masked(nn.Module):
         xt = self.q_sample(x0, t)
         y, guess = drop_condition(y, drop), ()
         if self.self_condition and torch.rand(()) < self.self_condition:
-            with torch.no_grad():
+            with peek():
                 guess = (model(xt, None, y).float().softmax(-1),)
         out = model(xt, None, y, *guess).float()
         error = F.cross_entropy(out.movedim(-1, 1), x0.argmax(-1), reduction="none") * ~xt.any(-1)  # (B, k), of masked tokens
@@ -281,7 +291,7 @@ class Masked(nn.Module):
             error = error * self.T / (t if t.dim() == 2 else t[:, None])  # MDLM eq. 10
         return mean_counted(error if isinstance(y, Chain) else error.mean(1), y)
 
-    @torch.no_grad()
+    @peek()
     def guess(self, model, x0: Tensor, y=None) -> Tensor:
         """The denoiser's guess, in one evaluation, of x0 (B, k, V) masked at random steps: one-hot where known, probabilities where not."""
         t = draw_t(self.T, x0, y, self.shift)[1]
@@ -306,7 +316,7 @@ class Masked(nn.Module):
             ts, left = start_from(ts, start[1]), max(1, round(k * start[1] / self.T))
             xt = start[0].masked_fill((rand(B, k).argsort(1).argsort(1) < left)[..., None], 0.0)
         for u in ts[1:]:
-            if sampler == "confident" and round(k * u / self.T) >= left:
+            if round(k * u / self.T) >= left:  # no token would become known
                 continue
             left = round(k * u / self.T)  # tokens masked at step u
             logits = model(xt, None, y, *guess).float()

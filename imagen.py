@@ -87,6 +87,8 @@ class Config:
             raise ValueError(f"channels must be multiples of 8 and blocks at least 1, one each a level, got {self.channels} and {self.blocks}")
         if self.width % 16:
             raise ValueError(f"width must be divisible by 16, got {self.width}")
+        if self.guidance and not self.label_drop:
+            raise ValueError("guidance needs a denoiser that has also seen images without their class: --label_drop above 0")
         if self.sample_from and self.score_from:
             raise ValueError("choose one of sample_from and score_from")
 

@@ -226,7 +226,7 @@ def gpt2_perplexity(device: torch.device, name: str = "gpt2"):
 
 
 def text_classifier(x: list[str], y: list[int], x_test: list[str], y_test: list[int]):
-    """A function from texts to labels (logistic regression on TF-IDF of words and pairs, fitted to x, y), and its accuracy on x_test."""
+    """A function from texts to labels (logistic regression on TF-IDF of words and pairs, fitted to x, y), and its accuracy on x_test. y: two classes or more."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline

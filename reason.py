@@ -85,7 +85,7 @@ class Config:
     log_every: int = 50  # steps between lines of the log
     sample_every: int = 500  # steps between evaluations
     save_every: int = 500  # steps between checkpoints
-    seconds: float = 0.0  # end a training after so many seconds, if not after max_steps; 0: no limit
+    seconds: float = 0.0  # end a training after so many seconds, if not after max_steps (latents: the VAE's after half of them); 0: no limit
     resume: bool = False  # go on with the run in the folder
     sample_from: str = ""  # answer --prompt, or test questions, from this checkpoint of the diffusion
     score_from: str = ""  # score this checkpoint of the diffusion on the test split
@@ -201,7 +201,7 @@ class Layout:
             counted = self.block < count[:, None]  # (B, k)
             see = see & torch.cat([counted, known(q), counted[:, : self.c]], dim=1)[:, None] | torch.eye(see.shape[1], dtype=torch.bool, device=see.device)
         context = torch.cat([codec.vectors(q), (x0 if snapshots is None else snapshots)[:, : self.c]], dim=1)
-        return x0, Chain(self.block, context, self.position, see, count=counted)
+        return x0, Chain(self.block, context, self.position, see, self.n, count=counted)
 
 
 def known(q: Tensor) -> Tensor:
@@ -289,20 +289,20 @@ class Thinker:
             else:
                 rows, columns, begin = torch.cat([at, new_at]), torch.cat([past_at, at, new_at]), (starts[i], start[1]) if start else None
                 see = layout.see[:, rows][:, :, columns] & there[:, None, columns]
-                y = Chain(torch.zeros_like(at), new, layout.position[rows], see, past, keep=True)
+                y = Chain(torch.zeros_like(at), new, layout.position[rows], see, past=past, keep=True)
                 for x0 in self.ahead(self.process.trajectory(self.model, (len(q), len(at), codec.d), y, start=begin, **settings)):
                     yield i, torch.cat([*done, x0], dim=1)
                 past, past_at, new, new_at = y.past, torch.cat([past_at, new_at]), new[:, :0], new_at[:0]
-                x0 = codec.snap(x0) if i + 1 < len(slots) else x0  # what later thoughts read is a text
-            done.append(x0)
-            if i + 1 < len(slots):
-                new, new_at = torch.cat([new, x0], dim=1), torch.cat([new_at, finished[at]])
-            if self.facts["varies"] and i + 1 < len(slots):
-                ended = [e or is_answer(text) for e, text in zip(ended, codec.decode(x0))]
+            last = i + 1 == len(slots)
+            done.append(x0 if last or i < len(given) else codec.snap(x0))  # what later thoughts read is a text
+            if last:
+                break
+            new, new_at = torch.cat([new, done[-1]], dim=1), torch.cat([new_at, finished[at]])
+            if self.facts["varies"]:
+                ended = [e or is_answer(text) for e, text in zip(ended, codec.decode(done[-1]))]
                 if all(ended):
                     break
-        length = sum(x0.shape[1] for x0 in done)
-        yield i, F.pad(torch.cat(done, dim=1), (0, 0, 0, layout.k - length))  # what lies behind all answers is never read
+        yield i, torch.cat(done, dim=1)
 
     def ahead(self, trajectory):
         """xt of each step of a process's trajectory; autocast holds for the step, not for who reads it."""
@@ -321,7 +321,7 @@ class Thinker:
             with autocast(self.device, self.cfg.precision):  # around all steps: the weights are turned to bf16 once
                 for _, x0 in self.steps(q[part], seed + len(parts), [x[part] for x in given], begin):
                     pass
-            parts.append(x0)
+            parts.append(F.pad(x0, (0, 0, 0, self.layout.k - x0.shape[1])))  # what lies behind all answers is never read
         return torch.cat(parts)
 
     def chains(self, x0: Tensor) -> list[list[str]]:
@@ -420,7 +420,7 @@ def train(cfg: Config, model: nn.Module, loss, n: int, facts: dict, device, eval
 
 
 def train_vae(cfg: Config, facts: dict, problems: Problems, device) -> None:
-    cfg, tokens = stage_config(cfg, "vae"), Tokens(facts["alphabet"])
+    cfg, tokens = dataclasses.replace(stage_config(cfg, "vae"), seconds=cfg.seconds / 2), Tokens(facts["alphabet"])
     if finished(cfg):
         return
     vae, texts = build_vae(cfg, facts, device), sorted({text for q, chain in zip(problems.question, problems.thoughts) for text in (q, *chain)})
@@ -521,7 +521,10 @@ class Baseline:
 def train_baseline(cfg: Config, stage: str, thinker: Thinker, problems: Problems, seconds: float) -> Baseline:
     """The trained baseline of a stage, as wide and as deep as the thinker; it is trained for so many seconds, or loaded where it has been."""
     facts, device = thinker.facts, thinker.device
-    cfg, tokens = dataclasses.replace(stage_config(cfg, stage), max_steps=10**6, seconds=seconds), Tokens(facts["alphabet"])
+    cfg, tokens = dataclasses.replace(stage_config(cfg, stage), max_steps=10**6, seconds=seconds, resume=False), Tokens(facts["alphabet"])
+    if (Path(cfg.out) / "last.pt").exists():  # with --score_from these may be others than those of the training
+        saved = load_checkpoint(f"{cfg.out}/last.pt", cfg.kind)["config"]
+        cfg = dataclasses.replace(cfg, resume=True, **{name: saved[name] for name in ("seed", "dataset", "batch_size")})
     target = gpt_targets(tokens, facts, problems.thoughts, stage).to(device)
     torch.manual_seed(cfg.seed)
     decoder = small_gpt(tokens.d + 1, cfg.width, cfg.depth, facts["widths"][0] + target.shape[1] + 1)
@@ -532,7 +535,6 @@ def train_baseline(cfg: Config, stage: str, thinker: Thinker, problems: Problems
         return baseline
     q, truth = baseline.read(problems.question), last_only(problems.thoughts_test[:200], stage)
     evaluate = lambda model: metrics.score_chains(dataclasses.replace(baseline, model=model).chains(problems.question_test[:200]), truth)
-    cfg = dataclasses.replace(cfg, resume=(Path(cfg.out) / "last.pt").exists())
     baseline.model = train(cfg, baseline.model, lambda model, batch: model(q[batch], target[batch]), len(q), facts | dict(stage=stage), device, evaluate)
     return baseline
 

@@ -7,6 +7,7 @@
 import dataclasses
 import hashlib
 import math
+import os
 import shlex
 import time
 from dataclasses import asdict, dataclass
@@ -103,7 +104,7 @@ class Config:
 
     kind = "textgen"
     vae_fixed = tuple(
-        "dataset text_column label_column max_tokens encoder decoder vocab vae_width vae_depth k span pool d tanh variance latent_noise beta corrupt p_max seed".split()
+        "dataset text_column label_column size max_tokens encoder decoder vocab vae_width vae_depth k span pool d tanh variance latent_noise beta corrupt p_max batch_size seed".split()
     )
     fixed = (*vae_fixed, *"condition_column condition T schedule shift predict weight self_condition label_drop width depth".split())
 
@@ -130,6 +131,10 @@ class Config:
             raise ValueError(f"k times span must not go a span beyond max_tokens, {self.max_tokens}, got {self.k} times {self.span}")
         if self.sample_from and self.score_from:
             raise ValueError("choose one of sample_from and score_from")
+        if self.guidance and not self.label_drop and self.condition != "none":
+            raise ValueError("guidance needs a denoiser that has also seen no condition: --label_drop above 0, or --guidance 0")
+        if self.prompt and self.condition in ("none", "label"):
+            raise ValueError(f"--prompt is for --condition prefix or column, this is {self.condition}")
         if (self.condition == "column") != bool(self.condition_column):
             raise ValueError("--condition column and --condition_column go together")
 
@@ -257,7 +262,7 @@ def train_vae(cfg: Config, texts: Texts, device) -> None:
             with run.pause():
                 ce = alarm(run.ema.module, test.ids[:128], test.target[:128], device)
                 print(f"step {step}: held-out nats a token: " + ", ".join(f"{name} codes {value:.2f}" for name, value in ce.items()), flush=True)
-                if step >= ALARM_FROM and ce["shuffled"] - ce["matched"] < 0.1:
+                if step >= ALARM_FROM and len(test.ids) > 1 and ce["shuffled"] - ce["matched"] < 0.1:
                     print("warning: the decoder ignores the codes (posterior collapse): lower --beta or --p_max, or train longer")
     if run.main:
         back = write_texts(codec, run.ema.module, encode_all(run.ema.module, test.ids[:8], device), dataclasses.replace(cfg, top_p=0.0), device)
@@ -362,8 +367,9 @@ class Bundle:
         torch.manual_seed(seed)  # for top_p
         cfg, out, generator = self.cfg, [], torch.Generator().manual_seed(seed)
         condition = conditions(cfg, self.codec, self.vae, y, c, self.device)
+        guidance = cfg.guidance if cfg.condition in ("prefix", "column") or cfg.condition == "label" and self.names else 0.0  # towards nothing it is work for nothing
         for part in torch.arange(len(y)).split(256):
-            settings = dict(sampler=cfg.sampler, steps=cfg.steps, eta=cfg.eta, guidance=cfg.guidance, generator=generator)
+            settings = dict(sampler=cfg.sampler, steps=cfg.steps, eta=cfg.eta, guidance=guidance, generator=generator)
             with autocast(self.device, cfg.precision):
                 out.append(self.process.sample(self.model, (len(part), cfg.k, cfg.d), at(condition, part.to(self.device)), **settings).cpu())
         return self.write(torch.cat(out))
@@ -449,10 +455,11 @@ def train_gpt(bundle: Bundle, train: Pieces, test: Pieces, out: Path, stage: str
         decoder = backbone(cfg.decoder, part="decoder")
     model = LabelGPT(decoder, len(bundle.names), codec.eos).to(device)
     label = lambda y: y if stage == "baseline" else torch.full_like(y, -1)
-    if path.exists() and (saved := load_checkpoint(path, cfg.kind))["extra"]["done"]:
+    saved = load_checkpoint(path, cfg.kind) if path.exists() else dict(extra=dict(done=False, best=math.inf))
+    if saved["extra"]["done"]:
         load_weights(model, saved["ema"], path)
         return model.eval()
-    run = Run(cfg, model, device, dict(stage=stage, texts=len(train.x)), extra=dict(done=False, best=math.inf))
+    run = Run(cfg, model, device, dict(stage=stage, texts=len(train.x)), extra=saved["extra"])
     print(f"{stage}: a GPT-2 of {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, for at most {bundle.seconds:.0f} s", flush=True)
     target, y = train.target.to(device), label(train.y).to(device)
     for step, batch in run.steps(len(target), bundle.seconds):
@@ -483,6 +490,8 @@ def score(bundle: Bundle, texts: Texts, out: Path) -> None:
     cfg, codec, vae, device = bundle.cfg, bundle.codec, bundle.vae, bundle.device
     train, test = cut(cfg, codec, texts, "train"), cut(cfg, codec, texts, "test")
     order = torch.randperm(len(test.x), generator=torch.Generator().manual_seed(cfg.seed))[: cfg.score_n]
+    if len(order) < 2:
+        raise UserError(f"a score needs two held-out texts or more, got {len(test.x)} and --score_n {cfg.score_n}")
     x, ids = [codec.decode(test.target[i : i + 1])[0] for i in order.tolist()], test.ids[order]
     greedy = dataclasses.replace(bundle, cfg=dataclasses.replace(cfg, top_p=0.0))
     torch.manual_seed(cfg.seed)
@@ -509,7 +518,7 @@ def score(bundle: Bundle, texts: Texts, out: Path) -> None:
     print(f"  samples: {tag(cfg)}, {time.perf_counter() - start:.1f} s", flush=True)
     real = [codec.decode(train.target[i : i + 1])[0] for i in pick]
     held_out = [codec.decode(row[None])[0] for row in test.target[: cfg.score_n]]
-    guess, accuracy = metrics.text_classifier(train.x, train.y.tolist(), test.x, test.y.tolist()) if bundle.names else (None, math.nan)
+    guess, accuracy = metrics.text_classifier(train.x, train.y.tolist(), test.x, test.y.tolist()) if len(bundle.names) > 1 else (None, math.nan)
     if guess:
         print(f"  label: share read as the class asked for by a classifier that is right on {accuracy:.3f} of held-out texts")
     judge = train_gpt(bundle, train, test, out, "judge") if cfg.compare else None
@@ -558,6 +567,8 @@ def main(cfg: Config) -> None:
         return sample(load_bundle(cfg, Path(given), device), Path(cfg.out))
     texts = load_texts(cfg.dataset, cfg.text_column, cfg.label_column, cfg.condition_column)
     if given:
+        own = {name: 0 for name, value in (("batch_size", cfg.diffusion_batch), ("max_steps", cfg.diffusion_steps)) if getattr(cfg, name) == value}
+        cfg = dataclasses.replace(cfg, **own)  # those of the diffusion's stage are not those of the GPT-2s beside it
         bundle, was = load_bundle(cfg, Path(given), device), load_checkpoint(given, cfg.kind)["facts"]["checksum"]
         if was != texts.checksum():
             raise UserError(f"{cfg.dataset} is not the data that {given} was trained on (checksum {texts.checksum()}, not {was}): a score needs its training and test split")
@@ -575,6 +586,9 @@ def main(cfg: Config) -> None:
         if cfg.stage != "score":
             sample(bundle, path.parent, texts)
         if cfg.stage == "score" or cfg.stage == "all" and cfg.score_n:
+            if cfg.compare and "WORLD_SIZE" in os.environ:
+                print("under torchrun no GPT-2 is trained for comparison; without it, --score_from does so")
+                bundle.cfg = dataclasses.replace(cfg, compare=False)
             score(bundle, texts, path.parent)
         print(f"sample again: python textgen.py --sample_from {shlex.quote(str(path))}")
 

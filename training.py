@@ -271,7 +271,7 @@ class Run:
         bar = tqdm(total=cfg.max_steps, initial=self.step, unit="step", disable=not (self.main and sys.stderr.isatty()), dynamic_ncols=True)
         self.logged = (self.step, time.perf_counter())
         try:
-            while self.step < cfg.max_steps and self.seconds < seconds:
+            while self.step < cfg.max_steps and (self.seconds < seconds or not self.step):
                 self.step += 1
                 part = slice(self.rank * local, (self.rank + 1) * local)
                 indices = batch_indices(n, cfg.batch_size, cfg.seed, self.step)[part].to(self.device)

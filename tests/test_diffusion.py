@@ -418,7 +418,7 @@ def test_masked_sampling_ends_in_what_the_denoiser_knows(sampler, steps):
     model = Knows(one_hot(7, 6))
     states = [xt for _, xt, _ in diffusion.Masked(64).trajectory(model, (7, 6, 5), sampler=sampler, steps=steps, generator=rng())]
     assert torch.equal(states[-1], model.x0)
-    assert len(model.seen) == (min(steps, 6) if sampler == "confident" else steps)
+    assert len(model.seen) == min(steps, 6)  # more would make no more tokens known
     known = [xt.any(-1) for xt in model.seen] + [states[-1].any(-1)]
     assert not known[0].any() and all((a <= b).all() for a, b in zip(known, known[1:]))  # what is known stays
 
@@ -471,7 +471,7 @@ def two_thoughts(seed=0, count=None, depth=2, places=9):
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)  # adaLN-zero would let nothing through
     question, x0 = one_hot(2, 4), one_hot(2, 5, seed=1)
-    chain = lambda q, r: diffusion.Chain(block, torch.cat([q, r[:, :3]], 1), position, see, count=count)
+    chain = lambda q, r: diffusion.Chain(block, torch.cat([q, r[:, :3]], 1), position, see, n=2, count=count)
     return model.eval(), question, x0, chain
 
 
@@ -501,7 +501,7 @@ def test_cached_thoughts_are_the_same_as_the_whole_sequence(timeless, places):
     def thought(k, context, position, past, p):
         see = torch.ones(1, k + context.shape[1], p + k + context.shape[1], dtype=torch.bool)
         see[:, k:, p : p + k] = False  # a context sees no noise
-        return diffusion.Chain(torch.zeros(k, dtype=torch.long), context, torch.tensor(position), see, past, keep=True)
+        return diffusion.Chain(torch.zeros(k, dtype=torch.long), context, torch.tensor(position), see, past=past, keep=True)
 
     first = thought(3, q, [4, 5, 6, 0, 1, 2, 3], [], 0)
     for _ in range(2):  # the question is read at the first evaluation and remembered at the second

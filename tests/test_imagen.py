@@ -169,6 +169,7 @@ def test_help_shows_every_field_with_its_own_comment(cli):
         ("--batch_size 0", ["batch_size must be in [1", "got 0"]),
         ("--steps 2000", ["steps must be in [1, 1000], got 2000"]),
         ("--guidance -1", ["guidance", "got -1"]),
+        ("--guidance 1 --label_drop 0", ["--label_drop above 0"]),
         ("--channels 12 24 --blocks 1 1", ["channels", "multiples of 8", "(12, 24)"]),
         ("--channels 8 16 --blocks 1", ["channels", "blocks"]),
         ("--width 100", ["width must be divisible by 16, got 100"]),

@@ -209,7 +209,7 @@ def test_thinking_ends_when_every_chain_has_its_answer(varied, monkeypatch):
     said = iter([["<<1+1=2>>", "#### 3", "#### 4", "3 #### 5"], ["#### 2", "", "", " #### 5"], ["never", "asked", "for", "this"]])
     monkeypatch.setattr(thinker.codec, "decode", lambda x0: next(said))
     states = list(thinker.steps(q, 0))
-    assert {i for i, _ in states} == {0, 1} and thinker.layout.n == 3 and states[-1][1].shape[1] == thinker.layout.k
+    assert {i for i, _ in states} == {0, 1} and thinker.layout.n == 3 and states[-1][1].shape[1] == sum(thinker.layout.slots[:2])
     assert next(said)[0] == "never"
 
 
@@ -300,6 +300,8 @@ def test_score_from_prints_the_rows_of_the_run_and_flags_override(trained, cli, 
     (tmp_path / "moved.pt").write_bytes((out / "diffusion/last.pt").read_bytes())
     status, printed = cli("reason", "--score_from", tmp_path / "moved.pt", "--score_n", 5, "--votes", 1)
     assert status == 0 and (tmp_path / "chain/last.pt").exists() and "curves.png" not in printed, printed
+    status, printed = cli("reason", "--score_from", out / "diffusion/last.pt", "--score_n", 5, "--seed", 1)  # the GPT-2s beside it are still those of its training
+    assert status == 0 and "seed 1" in printed and "GPT-2, chain" in printed, printed
     status, printed = cli("reason", "--score_from", out / "diffusion/last.pt", "--score_n", 7, "--no-compare")
     assert status == 0 and "n=7" in printed and "GPT-2" not in printed
 
@@ -342,6 +344,8 @@ def test_a_training_ends_after_its_seconds_and_goes_on_when_given_more(tmp_path,
     assert 0.5 <= first["seconds"] < 5 and first["step"] < 1000 and first["step"] % 5 == 0
     assert "is finished" in cli("reason", *command, "--seconds", 0.5)[1]
     assert cli("reason", *command, "--seconds", first["seconds"] + 0.5, "--resume")[0] == 0
+    status, printed = cli("reason", *command[:-1], tmp_path / "latents", *LATENTS, "--seconds", 0.1)  # its VAE leaves it nothing but the first steps
+    assert status == 0 and load_checkpoint(tmp_path / "latents/diffusion/last.pt", "reason")["step"] == 5, printed
     assert load_checkpoint(tmp_path / "diffusion/last.pt", "reason")["step"] > first["step"]
 
 
@@ -358,6 +362,13 @@ def test_snapshots_stand_in_the_context_but_not_in_the_target(monkeypatch, tmp_p
     monkeypatch.setattr(reason.Layout, "chain", spy)
     assert cli("reason", *SUMS, "--snapshot", 1, "--max_steps", 20, "--stage", "diffusion", "--out", tmp_path)[0] == 0
     assert len(seen) == 20 and all(same for same, _ in seen) and sum(share for _, share in seen) / 20 > 0.55
+
+
+@pytest.mark.parametrize("predict", ["token", "x0", "v"])
+def test_snapshots_of_any_prediction(predict, tmp_path, cli):
+    """The guess of x0 may be anything, 0 everywhere at first."""
+    status, printed = cli("reason", *SUMS, "--process", "gaussian", "--predict", predict, "--snapshot", 1, "--max_steps", 3, "--stage", "diffusion", "--out", tmp_path)
+    assert status == 0, printed
 
 
 def test_the_experiment_on_self_correction(tmp_path, cli):

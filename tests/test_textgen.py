@@ -252,10 +252,10 @@ def test_pretrained_encoder_and_decoder_from_local_folders(tmp_path, cli, monkey
 
 
 def test_two_processes_train_both_stages(tmp_path):
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", "textgen.py", *GRAMMAR, "--out", tmp_path, "--score_n", 0, "--vae_steps", 3, "--diffusion_steps", 3]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", "textgen.py", *GRAMMAR, "--out", tmp_path, "--score_n", 8, "--vae_steps", 3, "--diffusion_steps", 3]
     done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("sample again") == 1 and load_checkpoint(tmp_path / "diffusion/last.pt", "textgen")["step"] == 3
+    assert done.stdout.count("sample again") == done.stdout.count("no GPT-2 is trained for comparison") == done.stdout.count("score: n=8") == 1 and load_checkpoint(tmp_path / "diffusion/last.pt", "textgen")["step"] == 3
 
 
 @pytest.mark.parametrize("max_tokens", [16, 48, 64])
@@ -264,6 +264,16 @@ def test_the_codes_cover_the_text(max_tokens, tmp_path):
     assert cfg.k * cfg.span >= max_tokens
     vae = textgen.build_vae(cfg, textgen.vae_facts(cfg, texts, tmp_path), CPU)
     assert vae.encode(torch.full((2, max_tokens), 7))[0].shape == (2, cfg.k, cfg.d)  # also where the last codes read beyond the text
+
+
+def test_texts_of_one_label_and_few_of_them(tmp_path, cli):
+    """Nothing to classify, nothing to guide; and with one held-out text nothing to score, which is said, after a training that stays."""
+    reviews = write_reviews(tmp_path / "reviews.csv", n=20)
+    reviews.write_text(re.sub(r",[1-5]$", ",5", reviews.read_text(), flags=re.M))
+    status, printed = cli("textgen", "--dataset", reviews, *SMALL_TEXT[:-4], "--batch_size", 2, "--steps", 2, "--vae_steps", 1, "--diffusion_steps", 1, "--no-compare", "--out", tmp_path / "out")
+    assert status == 0 and "score: n=2" in printed and "  label" not in printed, printed
+    status, printed = cli("textgen", "--score_from", tmp_path / "out/diffusion/last.pt", "--score_n", 1)
+    assert status == 2 and "a score needs two held-out texts or more, got 2 and --score_n 1" in printed, printed
 
 
 def test_tripadvisor_slice(cli, tmp_path):
@@ -302,6 +312,9 @@ def test_help_shows_every_field_with_its_own_comment(cli):
         ("--width 100", "divisible by 16"),
         ("--span 17", "k times span must not go a span beyond max_tokens, 64, got 4 times 17"),
         ("--condition column", "go together"),
+        ("--label_drop 0", "--label_drop above 0, or --guidance 0"),
+        ("--prompt hello", "--prompt is for --condition prefix or column, this is label"),
+        ("--stage score", "no checkpoint at"),
         ("--dataset nothing", "no data set 'nothing'; choose grammar, tripadvisor"),
         ("--dataset nothing.csv", "no file nothing.csv"),
         ("--dataset nobody/nothing", "could not be had from the hub"),
