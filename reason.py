@@ -57,7 +57,7 @@ class Config:
     self_condition: float = 0.0  # share of steps in which the denoiser sees its first guess
     snapshot: float = 0.0  # multi: share of training chains whose earlier thoughts are the model's own guesses of them
     snapshot_temperature: float = 3.0  # tokens: of those guesses; at 1 a model that has learned its task makes no errors to learn from
-    positions: Literal["sinusoid", "learned"] = "sinusoid"  # of the denoiser's sequence
+    positions: Literal["learned", "sinusoid"] = "learned"  # of the denoiser's sequence
     width: int = 128  # width of the denoiser
     depth: int = 4  # blocks of the denoiser
     # -- optimisation --
