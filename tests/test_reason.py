@@ -345,7 +345,7 @@ def test_a_training_ends_after_its_seconds_and_goes_on_when_given_more(tmp_path,
     assert "is finished" in cli("reason", *command, "--seconds", 0.5)[1]
     assert cli("reason", *command, "--seconds", first["seconds"] + 0.5, "--resume")[0] == 0
     status, printed = cli("reason", *command[:-1], tmp_path / "latents", *LATENTS, "--seconds", 0.1)  # its VAE leaves it nothing but the first steps
-    assert status == 0 and load_checkpoint(tmp_path / "latents/diffusion/last.pt", "reason")["step"] == 5, printed
+    assert status == 0 and load_checkpoint(tmp_path / "latents/diffusion/last.pt", "reason")["step"] >= 5, printed
     assert load_checkpoint(tmp_path / "diffusion/last.pt", "reason")["step"] > first["step"]
 
 
