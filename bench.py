@@ -7,7 +7,7 @@
     python bench.py reason                                  ways to diffuse a chain of thoughts, and GPT-2; about 80 minutes
 
 Peers of images: diffusers' UNet2DModel and denoising-diffusion-pytorch's Unet, each with its own loss, at comparable parameter counts. All are
-unconditional and share the batch, optimizer, learning rate, warm-up, clipping and EMA of imagen.py; what differs is the network, the recipe, and that
+unconditional and share the batch, optimizer, learning rate (but for one row), warm-up, clipping and EMA of imagen.py; what differs is the network, the recipe, and that
 ours runs in bf16 where the hardware has it (but for the row "ours, fp32") while the peers run as they come, in float32.
 """
 import csv
