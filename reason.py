@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import metrics
 from data import ANSWER, END, TASKS, Problems, Tokens, load_problems
 from diffusion import SCHEDULES, Chain, Diffusion, Masked, Transformer, noise_shift
-from training import Run, UserError, autocast, figure, finished, is_main, load_checkpoint, load_weights, need, pick_device, run_script, show, wait
+from training import OF_THE_RUN, Run, UserError, autocast, figure, finished, is_main, load_checkpoint, load_weights, need, pick_device, run_script, show, wait
 from vae import QuestionGPT, TextVAE, small_backbones, small_gpt
 
 
@@ -524,7 +524,7 @@ def train_baseline(cfg: Config, stage: str, thinker: Thinker, problems: Problems
     cfg, tokens = dataclasses.replace(stage_config(cfg, stage), max_steps=10**6, seconds=seconds, resume=False), Tokens(facts["alphabet"])
     if (Path(cfg.out) / "last.pt").exists():  # with --score_from these may be others than those of the training
         saved = load_checkpoint(f"{cfg.out}/last.pt", cfg.kind)["config"]
-        cfg = dataclasses.replace(cfg, resume=True, **{name: saved[name] for name in ("seed", "dataset", "batch_size")})
+        cfg = dataclasses.replace(cfg, resume=True, **{name: saved[name] for name in OF_THE_RUN})
     target = gpt_targets(tokens, facts, problems.thoughts, stage).to(device)
     torch.manual_seed(cfg.seed)
     decoder = small_gpt(tokens.d + 1, cfg.width, cfg.depth, facts["widths"][0] + target.shape[1] + 1)

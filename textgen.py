@@ -7,7 +7,6 @@
 import dataclasses
 import hashlib
 import math
-import os
 import shlex
 import time
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from torch import Tensor
 import metrics
 from data import Codec, Texts, grammar_rating, load_texts, pretrained_codec, train_codec, windows
 from diffusion import SCHEDULES, Diffusion, Transformer, noise_shift
-from training import Run, UserError, autocast, finished, is_main, load_checkpoint, load_weights, need, pick_device, reason, run_script, show, wait
+from training import Run, UserError, autocast, finished, is_main, load_checkpoint, load_weights, need, pick_device, reason, run_script, show, wait, world_size
 from vae import LabelGPT, TextVAE, backbone, corrupt, small_backbones, small_gpt
 
 SIZES = {  # what a field left at 0 or "" becomes
@@ -586,7 +585,7 @@ def main(cfg: Config) -> None:
         if cfg.stage != "score":
             sample(bundle, path.parent, texts)
         if cfg.stage == "score" or cfg.stage == "all" and cfg.score_n:
-            if cfg.compare and "WORLD_SIZE" in os.environ:
+            if cfg.compare and world_size() > 1:
                 print("under torchrun no GPT-2 is trained for comparison; without it, --score_from does so")
                 bundle.cfg = dataclasses.replace(cfg, compare=False)
             score(bundle, texts, path.parent)

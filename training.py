@@ -30,6 +30,9 @@ class UserError(Exception):
     """A mistake that the user can mend: what was got, what is wanted, what to do. `run_script` prints it and exits with status 2."""
 
 
+OF_THE_RUN = ("seed", "batch_size", "dataset")  # fixed while a run is resumed, though they say nothing of what its weights mean
+
+
 def need(cfg, names: str, low: float, high: float = math.inf) -> None:
     """Raise ValueError where one of the fields of cfg that `names` lists, with spaces between, is not in [low, high]."""
     for name in names.split():
@@ -55,7 +58,7 @@ def run_script(config_class, main, doc: str) -> None:
             except (TypeError, ValueError) as error:
                 raise UserError(f"{path} has a configuration of another version of this script: {error}") from error
             cfg = parse(default=default)
-            same_settings(cfg, saved, path, "leave the flag out", but=("seed", "batch_size", "dataset"))  # they say nothing of what the weights mean
+            same_settings(cfg, saved, path, "leave the flag out", but=OF_THE_RUN)
         else:
             cfg = parse()
         main(cfg)
@@ -76,6 +79,11 @@ def leave() -> None:
 def is_main() -> bool:
     """Whether this process is the one that writes files and prints."""
     return int(os.environ.get("RANK", 0)) == 0
+
+
+def world_size() -> int:
+    """The number of processes that torchrun started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def wait() -> None:
@@ -229,7 +237,7 @@ class Run:
     def __init__(self, cfg, model: nn.Module, device: torch.device, facts: dict, extra: dict | None = None):
         self.cfg, self.kind, self.device, self.facts, self.extra = cfg, cfg.kind, device, facts, extra or {}
         self.out, self.step, self.seconds, self.losses = Path(cfg.out), 0, 0.0, []
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.world = int(os.environ.get("RANK", 0)), world_size()
         if cfg.batch_size % self.world:
             raise UserError(f"--batch_size {cfg.batch_size} must be divisible by the {self.world} processes of torchrun")
         self.net = model.to(device)
