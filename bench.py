@@ -207,7 +207,7 @@ def spread(values) -> str:
 
 def speed(cfg: Config, x: Tensor, device) -> None:
     """Print size, speed, memory and sampling time of every side; ratios are taken round by round."""
-    trainers = {name: Trainer(make(x.shape[-1], device), x, cfg.batch_size, 0) for name, make in SIDES.items()}
+    trainers = {name: Trainer(make(x.shape[-1], device), x, cfg.batch_size, 0) for name, make in SIDES.items() if "textbook" not in name}  # those have our network
     work = lambda trainer: [trainer.train_step() for _ in range(cfg.round_steps)]
     took = interleaved({name: lambda r, t=trainer: work(t) for name, trainer in trainers.items()}, cfg.rounds, device)
     rates = {name: [cfg.round_steps * cfg.batch_size / seconds for seconds in row] for name, row in took.items()}

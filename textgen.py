@@ -588,7 +588,12 @@ def main(cfg: Config) -> None:
             if cfg.compare and world_size() > 1:
                 print("under torchrun no GPT-2 is trained for comparison; without it, --score_from does so")
                 bundle.cfg = dataclasses.replace(cfg, compare=False)
-            score(bundle, texts, path.parent)
+            try:
+                score(bundle, texts, path.parent)
+            except UserError as error:
+                if cfg.stage == "score":
+                    raise
+                print(f"not scored: {error}")
         print(f"sample again: python textgen.py --sample_from {shlex.quote(str(path))}")
 
 

@@ -272,6 +272,9 @@ def test_texts_of_one_label_and_few_of_them(tmp_path, cli):
     reviews.write_text(re.sub(r",[1-5]$", ",5", reviews.read_text(), flags=re.M))
     status, printed = cli("textgen", "--dataset", reviews, *SMALL_TEXT[:-4], "--batch_size", 2, "--steps", 2, "--vae_steps", 1, "--diffusion_steps", 1, "--no-compare", "--out", tmp_path / "out")
     assert status == 0 and "score: n=2" in printed and "  label" not in printed, printed
+    few = "--dataset", reviews, "--score_n", 1
+    status, printed = cli("textgen", *few, *SMALL_TEXT[:-4], "--batch_size", 2, "--steps", 2, "--vae_steps", 1, "--diffusion_steps", 1, "--no-compare", "--out", tmp_path / "out")
+    assert status == 0 and "not scored: a score needs two" in printed and "sample again" in printed, printed
     status, printed = cli("textgen", "--score_from", tmp_path / "out/diffusion/last.pt", "--score_n", 1)
     assert status == 2 and "a score needs two held-out texts or more, got 2 and --score_n 1" in printed, printed
 
