@@ -2,7 +2,7 @@
 
     python textgen.py --dataset grammar                     small hotel reviews with a known grammar: nothing to download
     python textgen.py --dataset tripadvisor                 hotel reviews (downloaded); or --dataset reviews.csv
-    python textgen.py --sample_from out/grammar/diffusion/last.pt --guidance 2
+    python textgen.py --sample_from out/grammar/diffusion/last.pt --guidance 0
 """
 import dataclasses
 import hashlib
@@ -66,7 +66,7 @@ class Config:
     shift: float = 0.0  # above 1: more of the steps at high noise
     predict: Literal["x0", "v", "eps"] = "v"  # what the denoiser's output means
     weight: Literal["min-snr", "plain"] = "plain"  # weight of a step's loss
-    self_condition: float = 0.5  # share of steps in which the denoiser sees its first guess
+    self_condition: float = 0.9  # share of steps in which the denoiser sees its first guess
     label_drop: float = 0.1  # share of conditions dropped, for guidance
     width: int = 0  # width of the denoiser
     depth: int = 0  # blocks of the denoiser
@@ -84,7 +84,7 @@ class Config:
     sampler: Literal["dpm++", "ddim", "ddpm"] = "dpm++"  # DPM-Solver++(2M), DDIM, or DDPM's ancestral sampling
     steps: int = 20  # evaluations of the denoiser (two each with guidance)
     eta: float = 0.0  # ddim: 0 without noise, 1 as much as ddpm
-    guidance: float = 1.0  # classifier-free guidance: 0 off, 1 to 4 strong
+    guidance: float = 2.0  # classifier-free guidance: 0 off, 1 to 4 strong
     top_p: float = 0.0  # decode greedily (0), or from the smallest set of tokens with this probability
     prompt: str = ""  # prefix and column: the text to go on from; empty: texts of the test split
     score_n: int = 200  # texts of a score; 0: no score after training

@@ -45,7 +45,7 @@ def test_a_run_writes_and_prints_what_it_says(trained):
             assert (out / stage / name).stat().st_size > 50, (stage, name)
     assert [int(r["step"]) for r in csv.DictReader(open(out / "vae/log.csv"))] == [40]
     samples = {p.name for p in (out / "diffusion/samples").iterdir()} | {p.name for p in (out / "vae/samples").iterdir()}
-    tag = "dpm++_4_guidance1_seed0.txt"
+    tag = "dpm++_4_guidance2_seed0.txt"
     assert samples == {"reconstructions.txt", "000020.txt", f"samples_{tag}", f"planning_{tag}", f"interpolation_{tag}"}
     for part in ("matched codes", "shuffled codes", "BLEU", "30% substituted", "AuBLEU", "perplexity", "dist1", "entropy", "rep4", "selfBLEU", "nearest", "accepted", "rating"):
         assert part in printed, part
@@ -195,7 +195,7 @@ def test_reviews_of_a_file_with_prefix_and_with_a_column_as_condition(tmp_path, 
         flags = ["--dataset", path, *SMALL_TEXT, "--vae_steps", 3, "--diffusion_steps", 3, "--score_n", 6, "--out", out, "--condition", *condition]
         status, printed = cli("textgen", *flags)
         assert status == 0 and "AuBLEU" in printed, printed
-        shown = (out / "diffusion/samples/samples_dpm++_4_guidance1_seed0.txt").read_text()
+        shown = (out / "diffusion/samples/samples_dpm++_4_guidance2_seed0.txt").read_text()
         assert shown.count("\ngiven  ") == 3 and shown.count("\nreal   ") == 4, shown  # four held-out conditions
         status, printed = cli("textgen", "--sample_from", out / "diffusion/last.pt", "--prompt", "what is 3? " * 99)
         assert status == 2 and "longer than the 64 tokens" in printed
