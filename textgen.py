@@ -23,7 +23,7 @@ from training import Run, UserError, autocast, finished, is_main, load_checkpoin
 from vae import LabelGPT, TextVAE, backbone, corrupt, small_backbones, small_gpt
 
 SIZES = {  # what a field left at 0 or "" becomes
-    "tiny": dict(encoder="scratch", decoder="scratch", max_tokens=64, k=32, latent_noise=1.6, shift=4.0, lr=1e-3, vae_steps=5000, vae_batch=32, width=192, depth=6, diffusion_steps=2500, diffusion_batch=128),
+    "tiny": dict(encoder="scratch", decoder="scratch", max_tokens=56, k=28, latent_noise=1.2, shift=4.0, lr=1e-3, vae_steps=5000, vae_batch=32, width=192, depth=6, diffusion_steps=2500, diffusion_batch=128),
     "base": dict(encoder="bert-base-uncased", decoder="gpt2", max_tokens=256, k=16, latent_noise=0.3, shift=2.0, lr=1e-4, vae_steps=50_000, vae_batch=128, width=768, depth=12, diffusion_steps=100_000, diffusion_batch=256),
 }
 
@@ -44,7 +44,7 @@ class Config:
     # -- VAE --
     encoder: str = ""  # scratch, or a hub name or local folder of a BERT
     decoder: str = ""  # scratch, or a hub name or local folder of a GPT-2
-    vocab: int = 2048  # scratch: tokens of the BPE that is trained on the texts
+    vocab: int = 4096  # scratch: tokens of the BPE that is trained on the texts
     vae_width: int = 192  # scratch: width of encoder and decoder
     vae_depth: int = 3  # scratch: blocks of encoder and decoder
     k: int = 0  # codes of a text
