@@ -314,7 +314,8 @@ def text(cfg: Config, device) -> None:
     compare(f"diffusion step, base, batch {cfg.base_batch}, {base.max_tokens} tokens, float32", sides, cfg, device)
 
     process, denoiser = textgen.build_denoiser(tiny, dict(names=texts.names), vae, device)
-    bundle = textgen.Bundle(tiny, codec, vae.eval(), process, denoiser.eval(), torch.zeros(tiny.k, tiny.d), torch.ones(tiny.k, tiny.d), texts.names, device)
+    full = dataclasses.replace(tiny, top_p=1.0)  # random weights, read greedily, may end every review at once
+    bundle = textgen.Bundle(full, codec, vae.eval(), process, denoiser.eval(), torch.zeros(tiny.k, tiny.d), torch.ones(tiny.k, tiny.d), texts.names, device)
     many = lambda r: bundle.sample(torch.zeros(cfg.batch_size, dtype=torch.long), [""] * cfg.batch_size, r)
     single = lambda r: [bundle.sample(torch.zeros(1, dtype=torch.long), [""], r) for _ in range(4)]
     compare(f"writing {cfg.batch_size} reviews, tiny, 20 steps of diffusion; one by one from 4", {"in a batch": many, "one by one": single}, cfg, device, cfg.batch_size / 4)
