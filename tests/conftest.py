@@ -55,5 +55,5 @@ def fake_fashionmnist(tmp_path_factory):
 
 
 TINY = "--channels 8 16 --blocks 1 1 --batch_size 16 --score_n 0".split()  # the flags of a run of a second or two
-SMALL_TEXT = "--vae_width 32 --vae_depth 1 --vocab 600 --k 4 --d 8 --width 32 --depth 1 --batch_size 16 --steps 4".split()  # and of textgen.py
+SMALL_TEXT = "--vae_width 32 --vae_depth 1 --vocab 400 --k 4 --d 8 --width 32 --depth 1 --batch_size 16 --steps 4".split()  # and of textgen.py
 SMALL_REASON = "--width 32 --depth 1 --batch_size 16 --steps 2 --votes 2 --train_n 300".split()  # and of reason.py
