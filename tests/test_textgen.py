@@ -258,7 +258,7 @@ def test_two_processes_train_both_stages(tmp_path):
     assert done.stdout.count("sample again") == done.stdout.count("no GPT-2 is trained for comparison") == done.stdout.count("score: n=8") == 1 and load_checkpoint(tmp_path / "diffusion/last.pt", "textgen")["step"] == 3
 
 
-@pytest.mark.parametrize("max_tokens", [16, 48, 56])
+@pytest.mark.parametrize("max_tokens", [16, 48, 56, 64])
 def test_the_codes_cover_the_text(max_tokens, tmp_path):
     cfg, texts = textgen.Config(dataset="grammar", max_tokens=max_tokens, vae_depth=1), load_texts("grammar")
     assert cfg.k * cfg.span >= max_tokens
@@ -270,10 +270,10 @@ def test_texts_of_one_label_and_few_of_them(tmp_path, cli):
     """Nothing to classify, nothing to guide; and with one held-out text nothing to score, which is said, after a training that stays."""
     reviews = write_reviews(tmp_path / "reviews.csv", n=20)
     reviews.write_text(re.sub(r",[1-5]$", ",5", reviews.read_text(), flags=re.M))
-    status, printed = cli("textgen", "--dataset", reviews, *SMALL_TEXT[:-4], "--batch_size", 2, "--steps", 2, "--vae_steps", 1, "--diffusion_steps", 1, "--no-compare", "--out", tmp_path / "out")
+    train = ["textgen", "--dataset", reviews, *SMALL_TEXT[:-4], "--batch_size", 2, "--steps", 2, "--vae_steps", 1, "--diffusion_steps", 1, "--no-compare", "--out", tmp_path / "out"]
+    status, printed = cli(*train)
     assert status == 0 and "score: n=2" in printed and "  label" not in printed, printed
-    few = "--dataset", reviews, "--score_n", 1
-    status, printed = cli("textgen", *few, *SMALL_TEXT[:-4], "--batch_size", 2, "--steps", 2, "--vae_steps", 1, "--diffusion_steps", 1, "--no-compare", "--out", tmp_path / "out")
+    status, printed = cli(*train, "--score_n", 1)
     assert status == 0 and "not scored: a score needs two" in printed and "sample again" in printed, printed
     status, printed = cli("textgen", "--score_from", tmp_path / "out/diffusion/last.pt", "--score_n", 1)
     assert status == 2 and "a score needs two held-out texts or more, got 2 and --score_n 1" in printed, printed
