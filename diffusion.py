@@ -1,371 +1,329 @@
-"""Diffusion: noise schedules, the processes Diffusion (Gaussian) and Masked (loss and samplers), the denoisers UNet and Transformer.
+"""Diffusion: noise is put on, a network learns to take it off, and what it learned makes new data out of
+noise.
 
-Indexing is the papers': alpha_bar[0] = 1 is clean data, t runs 1..T, and xT is noise. A denoiser is any model(xt, t, y).
-Sources: DDPM 2006.11239, iDDPM 2102.09672, DDIM 2010.02502, progressive distillation (v) 2202.00512, classifier-free guidance (CFG)
-2207.12598, DPM-Solver++ 2211.01095, Karras et al. (EDM) 2206.00364, min-SNR 2303.09556, DiT (adaLN-zero) 2212.09748, masked diffusion
-(MDLM) 2406.07524, MaskGIT 2202.04200, block-causal training (block diffusion) 2503.09573.
-Axes: B batch, C channels, H W image, L tokens, k vectors of a sequence, d their width, D model width.
+Gaussian noise on vectors: xt = a[t] x0 + s[t] eps for t = 0..T, where t = 0 is clean and t = T is noise.
+Masks on tokens: at t in [0, 1] each token is MASK with probability t. A denoiser is any model(xt, t, y).
+
+Sources: DDPM 2006.11239, iDDPM 2102.09672, DDIM 2010.02502, progressive distillation (v) 2202.00512,
+classifier-free guidance (CFG) 2207.12598, DPM-Solver++ 2211.01095, EDM 2206.00364, rectified flow 2209.03003,
+min-SNR 2303.09556, simple diffusion 2301.11093, analog bits (self-conditioning) 2208.04202,
+DiT (adaLN-zero) 2212.09748, masked diffusion (MDLM) 2406.07524, MaskGIT 2202.04200.
+Axes: B batch, C channels, H W image, L positions, k vectors or tokens, d width of a vector, D model width,
+V vocabulary.
 """
+
 import math
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# -- noise schedules ----------------------------------------------------------------------------------------------------
+# -- schedules: two tables a and s, (T + 1,) float64 each ------------------------------------------------
 
 
-def alpha_bar_linear(T: int, beta_1: float = 1e-4, beta_T: float = 0.02) -> Tensor:
-    """Linear betas, scaled by 1000/T so that any T ends in noise: (T+1,) float64. DDPM section 4."""
-    beta = torch.linspace(beta_1, beta_T, T, dtype=torch.float64) * 1000 / T
+def variance_preserving(alpha_bar: Tensor, shift: float = 1.0) -> tuple[Tensor, Tensor]:
+    """a and s of alpha_bar (T + 1,), with the signal-to-noise ratio divided by shift^2. Simple diffusion eq.
+    4."""
+    alpha_bar = alpha_bar / (alpha_bar + shift**2 * (1 - alpha_bar))
+    return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+
+def cumulated(beta: Tensor) -> Tensor:
+    """alpha_bar (T + 1,) of beta (T,), each at most 0.999. DDPM section 2."""
     return torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta.clamp(max=0.999)).cumprod(0)])
 
 
-def alpha_bar_cosine(T: int, s: float = 0.008) -> Tensor:
-    """Squared-cosine alpha_bar with betas of at most 0.999: (T+1,) float64. iDDPM eq. 17."""
-    f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + s) / (1 + s) * math.pi / 2) ** 2
-    beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
-    return torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])
+def linear(T: int, shift: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Linear betas, scaled by 1000 / T so that any T ends in noise. DDPM section 4."""
+    beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
+    return variance_preserving(cumulated(beta), shift)
 
 
-def noise_shift(alpha_bar: Tensor, s: float) -> Tensor:
-    """The schedule with its signal-to-noise ratio divided by s^2: more of the steps at high noise for s > 1. Simple diffusion 2301.11093 eq. 4."""
-    return alpha_bar / (alpha_bar + s**2 * (1 - alpha_bar))
+def cosine(T: int, shift: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Squared-cosine alpha_bar. iDDPM eq. 17."""
+    f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
+    return variance_preserving(cumulated(1 - f[1:] / f[:-1]), shift)
 
 
-SCHEDULES = {"linear": alpha_bar_linear, "cosine": alpha_bar_cosine}
+def rectified_flow(T: int) -> tuple[Tensor, Tensor]:
+    """A straight line from data to noise. Rectified flow eq. 1."""
+    s = torch.linspace(0, 1, T + 1, dtype=torch.float64)
+    return 1 - s, s
 
 
-# -- conditions ---------------------------------------------------------------------------------------------------------
-# A condition y is None (nothing), labels (B,) int64 in 0..classes-1, (labels or None, context (B, L, d), mask (B, L) bool), or a Chain.
-# "No label" is -1 for one sample of a batch and None for all of it; "no context" is a mask without a True.
+SCHEDULES = {"cosine": cosine, "linear": linear, "flow": rectified_flow}
 
 
-@dataclass
-class Chain:
-    """What the thoughts of a chain know of each other: the condition of xt (B, k, d) that holds one thought, or several, each with its own t.
-
-    block: (k,) the thought, 0..n-1, that each position of xt belongs to; t is (B, n). context: (B, c, d) clean vectors, at step 0.
-    position: (k + c,) place of each position of [xt, context] in the text. see: (B or 1, k + c, p + k + c) bool, whether a position
-    of [xt, context] (row) sees one of [past, xt, context]. past: keys and values of p positions for each block of the Transformer.
-    keep: the first evaluation moves the context into past, so that the next ones, and later thoughts, need not read it again.
-    count: (B, k) bool, the positions that the loss counts; None: all.
-    """
-
-    block: Tensor
-    context: Tensor
-    position: Tensor
-    see: Tensor
-    n: int = 1
-    past: list = field(default_factory=list)
-    keep: bool = False
-    count: Tensor | None = None
-
-    def move(self, seen: list) -> None:
-        """Move the context into past, given the keys and values (B, heads, p + k + c, D/heads) of [past, xt, context] for each block."""
-        k, p = len(self.block), self.see.shape[-1] - self.see.shape[1]
-        order = torch.arange(self.see.shape[-1], device=self.see.device)
-        order = torch.cat([order[:p], order[p + k :], order[p : p + k]])  # [past, context, xt]
-        self.past = [tuple(part[:, :, order[:-k]] for part in pair) for pair in seen]
-        self.context, self.position, self.see = self.context[:, :0], self.position[:k], self.see[:, :k, order]
-
-
-@contextmanager
-def peek():
-    """No gradients inside. Autocast forgets its bf16 copies of the weights afterwards: in older torch those made here would keep gradients from them."""
-    with torch.no_grad():
-        yield
-    torch.clear_autocast_cache()
-
-
-def draw_t(T: int, x0: Tensor, y, shift: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Steps in 1..T as the denoiser wants them, (B,) or, for a chain of n thoughts, (B, n); and as x0 wants them, (B,) or (B, k).
-
-    They are uniform for shift = 1; above it t/(T - t) is `shift` times that of a uniform step.
-    """
-    t = torch.randint(1, T + 1, (len(x0), y.n) if isinstance(y, Chain) else (len(x0),), device=x0.device)
-    t = (t * (shift * T / (T + (shift - 1) * t))).ceil().long() if shift != 1 else t
-    return (t, t[:, y.block]) if isinstance(y, Chain) else (t, t)
-
-
-def full_t(t: int, x: Tensor, y) -> Tensor:
-    """The step t for all of x, (B,) or, for a chain, (B, n)."""
-    return torch.full((len(x), y.n) if isinstance(y, Chain) else (len(x),), t, device=x.device)
-
-
-def mean_counted(error: Tensor, y) -> Tensor:
-    """The mean of error (B,), or of (B, k) over the positions that a chain counts."""
-    if not isinstance(y, Chain) or y.count is None:
-        return error.mean()
-    return (error * y.count).sum() / y.count.sum()
-
-
-# -- the Gaussian process -----------------------------------------------------------------------------------------------
+# -- the Gaussian process --------------------------------------------------------------------------------
 
 
 class Diffusion(nn.Module):
-    """The process q(xt | x0) = N(sqrt(alpha_bar[t]) x0, (1 - alpha_bar[t]) I), its training loss and its samplers.
+    """The process q(xt | x0) = N(a[t] x0, s[t]^2 I) and its training loss.
 
-    alpha_bar: (T+1,) float64, from 1 down to at most 0.01 (ValueError otherwise: sampling would start from what training never saw).
-    predict: what the denoiser's output means, "eps", "x0" or "v" (v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0), or, for one-hot
-    vectors x0, "token": logits, of which x0 is the softmax; its error is the cross-entropy (Plaid 2305.18619 section 3).
-    weight: "plain" mean squared error of that output, or "min-snr" with gamma 5. It has no weights; .to(device) moves its tables.
-    self_condition: share of training steps in which the denoiser, then model(xt, t, y, x0), also sees its first guess of x0;
-    above 0, each step of sampling shows it the guess of the step before. Analog bits 2208.04202 section 3.2.
+    a, s: (T + 1,) float64, from (1, 0) to noise. predict: what the denoiser's output means: "eps", "x0",
+    "v" (a eps - s x0) or "flow" (eps - x0). weight: "plain" mean squared error of that output, or "min-snr"
+    with gamma 5. self_condition: share of training steps in which the denoiser, then model(xt, t, y, x0),
+    also sees its first guess of x0; above 0, each step of sampling shows it the guess of the step before.
+    Raises ValueError for a schedule that does not begin with data and end in noise.
     """
 
-    def __init__(self, alpha_bar: Tensor, predict: str = "v", weight: str = "min-snr", gamma: float = 5.0, self_condition: float = 0.0):
+    def __init__(self, a: Tensor, s: Tensor, predict="v", weight="min-snr", self_condition: float = 0.0):
         super().__init__()
-        if not alpha_bar[0] == 1 or not 0 < alpha_bar[-1] <= 0.01:
-            raise ValueError(f"alpha_bar must go from 1 to at most 0.01 and above 0, got {alpha_bar[0]:.4g} to {alpha_bar[-1]:.4g}")
-        if predict not in ("eps", "x0", "v", "token") or weight not in ("plain", "min-snr"):
-            raise ValueError(f"predict is eps, x0, v or token and weight is plain or min-snr, got {predict!r} and {weight!r}")
-        self.T, self.predict, self.self_condition = len(alpha_bar) - 1, predict, self_condition
-        # x_t = a x0 + s eps. The samplers read these as Python floats (float64), the loss as float32 on the device.
-        self.a, self.s = alpha_bar.sqrt().tolist(), (1 - alpha_bar).sqrt().tolist()
-        self.register_buffer("a_table", alpha_bar.sqrt().float(), persistent=False)
-        self.register_buffer("s_table", (1 - alpha_bar).sqrt().float(), persistent=False)
-        snr = alpha_bar / (1 - alpha_bar).clamp(min=1e-20)
-        w = torch.ones_like(snr)
-        if weight == "min-snr":  # min-SNR eq. 5 weights the error of x0; the error of eps is SNR times that, of v SNR + 1 times
-            w = snr.clamp(max=gamma) / {"x0": 1, "token": 1, "eps": snr, "v": snr + 1}[predict]
-        self.register_buffer("weight_table", w.float(), persistent=False)
+        if not (a[0] == 1 and s[0] == 0 and 0 <= a[-1] <= 0.1 * s[-1]):
+            ends = f"({a[0]:.3g}, {s[0]:.3g}) to ({a[-1]:.3g}, {s[-1]:.3g})"
+            raise ValueError(f"(a, s) must go from (1, 0) to noise, a at most a tenth of s, got {ends}")
+        if predict == "eps" and a[-1] == 0:
+            raise ValueError("eps says nothing of x0 where a is 0: predict v, x0 or flow with this schedule")
+        self.T, self.predict, self.self_condition = len(a) - 1, predict, self_condition
+        self.a, self.s = a.tolist(), s.tolist()  # float64 for the samplers
+        weights = torch.ones_like(a)
+        if (
+            weight == "min-snr"
+        ):  # it weights the error of x0: that of the output has the square of d x0 / d output
+            slope = {"eps": s / a, "x0": 1, "v": s / (a**2 + s**2), "flow": s / (a + s)}[predict]
+            weights = (a / s.clamp(min=1e-10)).square().clamp(max=5) * slope**2  # min-SNR eq. 5
+        for name, table in dict(a=a, s=s, weight=weights).items():
+            self.register_buffer(f"{name}_table", table.float(), persistent=False)
 
-    def q_sample(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """xt for clean x0 (B, ...) at steps t (B,), or (B, k) for each position, in 0..T with noise eps (B, ...). DDPM eq. 4."""
-        return self._at(self.a_table, t, x0) * x0 + self._at(self.s_table, t, x0) * eps
+    def at(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """a and s at steps t (B,) or (B, k), shaped to multiply x (B, ...)."""
+        shape = t.shape + (1,) * (x.dim() - t.dim())
+        return self.a_table[t].view(shape), self.s_table[t].view(shape)
 
-    def loss(self, model, x0: Tensor, y=None, drop: float = 0.0) -> Tensor:
-        """Scalar training loss of x0 (B, ...) under condition y, which is dropped with probability `drop`. DDPM Alg. 1, CFG Alg. 1."""
-        t, t_x0 = draw_t(self.T, x0, y)
-        eps = torch.randn_like(x0)
-        xt = self.q_sample(x0, t_x0, eps)
-        y, guess = drop_condition(y, drop), ()
+    def loss(self, model, x0: Tensor, y=None, t: Tensor | None = None) -> Tensor:
+        """Losses (B,) of x0 (B, ...) at random steps, or (B, k) at steps t (B, k) of your own. Alg. 1."""
+        if t is None:
+            t = torch.randint(1, self.T + 1, x0.shape[:1], device=x0.device)
+        (a, s), eps, guess = self.at(t, x0), torch.randn_like(x0), ()
+        xt = a * x0 + s * eps  # DDPM eq. 4
         if self.self_condition and torch.rand(()) < self.self_condition:
-            with peek():
-                guess = (self.predict_x0(model(xt, t, y).float(), xt, t_x0),)
+            guess = (self.guess(model, xt, t, y),)  # Analog bits section 3.2
         out = model(xt, t, y, *guess).float()
-        if self.predict == "token":
-            error = F.cross_entropy(out.movedim(-1, 1), x0.argmax(-1), reduction="none")  # (B, k)
-        elif self.predict == "v":  # progressive distillation app. D
-            error = (out - (self._at(self.a_table, t_x0, x0) * eps - self._at(self.s_table, t_x0, x0) * x0)).square()
-        else:
-            error = (out - (eps if self.predict == "eps" else x0)).square()
-        error = error.reshape(*t_x0.shape, -1).mean(-1)  # (B,), or (B, k); DDPM eq. 14
-        return mean_counted(self.weight_table[t_x0] * error, y)
+        target = {"eps": eps, "x0": x0, "v": a * eps - s * x0, "flow": eps - x0}[self.predict]
+        return self.weight_table[t] * (out - target).square().flatten(t.dim()).mean(-1)  # DDPM eq. 14
 
-    @peek()
-    def guess(self, model, x0: Tensor, y=None) -> Tensor:
-        """The denoiser's guess, in one evaluation, of x0 (B, ...) noised to random steps: what it makes of a snapshot."""
-        t, t_x0 = draw_t(self.T, x0, y)
-        xt = self.q_sample(x0, t_x0, torch.randn_like(x0))
-        return self.predict_x0(model(xt, t, y).float(), xt, t_x0)
+    @torch.no_grad()
+    def guess(self, model, xt: Tensor, t: Tensor, y=None) -> Tensor:
+        """The denoiser's guess of x0 (B, ...) from xt at steps t (B,), in one evaluation."""
+        x0 = self.predict_x0(model(xt, t, y).float(), xt, *self.at(t, xt))
+        torch.clear_autocast_cache()  # the bf16 copies of the weights that it made have no gradients
+        return x0
 
-    def predict_x0(self, out: Tensor, xt: Tensor, t) -> Tensor:
-        """The clean x0 that the denoiser's output `out` at step t in 1..T (an int, (B,) or (B, k)) stands for."""
-        a, s = (self.a[t], self.s[t]) if isinstance(t, int) else (self._at(self.a_table, t, xt), self._at(self.s_table, t, xt))
+    def predict_x0(self, out: Tensor, xt: Tensor, a, s) -> Tensor:
+        """The clean x0 that the denoiser's output `out` stands for, where xt = a x0 + s eps."""
         if self.predict == "eps":
             return (xt - s * out) / a  # DDPM eq. 15
-        if self.predict == "token":
-            return out.softmax(-1)
-        return out if self.predict == "x0" else a * xt - s * out  # progressive distillation app. D
-
-    def timesteps(self, steps: int, spacing: str) -> list[int]:
-        """Decreasing steps [t_1, ..., t_steps, 0]; "trailing": even, from T; "karras": even in sigma^(1/7), from sigma 80, EDM eq. 5.
-
-        Karras steps that would fall on one integer move apart to neighbouring ones.
-        """
-        even = even_steps(self.T, steps)
-        if spacing == "trailing":
-            return even
-        log_sigma = torch.tensor([math.log(self.s[t] / self.a[t]) for t in range(1, self.T + 1)], dtype=torch.float64)
-        lo, hi = log_sigma[0].exp().item(), min(80.0, log_sigma[-1].exp().item())
-        ramp = torch.linspace(hi ** (1 / 7), lo ** (1 / 7), steps, dtype=torch.float64) if steps > 1 else torch.tensor([hi ** (1 / 7)])
-        t = (ramp.log()[:, None] * 7 - log_sigma).abs().argmin(1) + 1  # (steps,) the nearest step of the table
-        t = t.tolist()
-        for i in range(steps):  # from the end up: the i-th lowest step is at least i + 1 ...
-            t[-1 - i] = max(t[-1 - i], t[-i] + 1 if i else 1)
-        for i in range(steps):  # ... and from the start down: the i-th highest at most T - i
-            t[i] = min(t[i], self.T - i)
-        return t + [0]
-
-    @torch.no_grad()
-    def trajectory(self, model, shape, y=None, *, sampler="dpm++", steps=10, eta=0.0, guidance=0.0, clip=None, temperature=1.0, start=None, generator=None):
-        """Yield (t, xt, x0) after every step from noise to data: t the step reached, x0 the denoiser's guess (clipped to +-clip).
-
-        sampler: "ddpm" (ancestral), "ddim" (with noise eta in 0..1; eta = 1 is ddpm) or "dpm++" (DPM-Solver++ 2M, no noise).
-        guidance: w of CFG eq. 6; 0 is the plain conditional model. temperature: standard deviation of the noise drawn, 1 as trained.
-        start: (x0, t) begins from that x0 noised to step t, not from noise. generator: a CPU generator gives the same noise on any device.
-        The denoiser is used as it is: put it in eval mode first.
-        """
-        if sampler not in ("ddpm", "ddim", "dpm++") or not 0 <= eta <= 1:
-            raise ValueError(f"sampler is ddpm, ddim or dpm++ and eta in [0, 1], got {sampler!r} and {eta}")
-        a, s, device = self.a, self.s, self.a_table.device
-        eta = 1.0 if sampler == "ddpm" else eta
-        noise = lambda: temperature * torch.randn(shape, generator=generator, device=generator.device if generator else device).to(device)
-        xt, x0_before, r, guess = noise(), None, None, ()
-        ts = self.timesteps(steps, "karras" if sampler == "dpm++" else "trailing")
-        if start:
-            ts, xt = start_from(ts, start[1]), a[start[1]] * start[0] + s[start[1]] * xt  # DDPM eq. 4
-        for t, u in zip(ts[:-1], ts[1:]):  # from step t to step u < t
-            t_batch = full_t(t, xt, y)
-            out = model(xt, t_batch, y, *guess).float()
-            if guidance:
-                out = (1 + guidance) * out - guidance * model(xt, t_batch, None, *guess).float()  # CFG eq. 6, linear in eps, x0 and v alike
-            x0 = self.predict_x0(out, xt, t)
-            x0 = x0 if clip is None else x0.clamp(-clip, clip)
-            guess = (x0,) if self.self_condition else ()
-            if u == 0:
-                xt = x0  # every sampler's last step, as alpha_bar[0] = 1
-            elif sampler == "dpm++":  # Alg. 2, with lambda = log(a / s) and h = lambda_u - lambda_t
-                h = math.log(a[u] / s[u]) - math.log(a[t] / s[t])
-                x0_mid = x0 if x0_before is None else x0 + (h / r / 2) * (x0 - x0_before)  # r: the step before, in lambda
-                xt = s[u] / s[t] * xt + a[u] * -math.expm1(-h) * x0_mid
-                x0_before, r = x0, h
-            else:
-                eps = (xt - a[t] * x0) / s[t]
-                sigma = eta * s[u] / s[t] * math.sqrt(1 - (a[t] / a[u]) ** 2)  # DDIM eq. 16; eta = 1: the variance of DDPM eq. 7
-                xt = a[u] * x0 + math.sqrt(max(s[u] ** 2 - sigma**2, 0)) * eps  # DDIM eq. 12
-                xt = xt + sigma * noise() if sigma else xt
-            yield u, xt, x0
-
-    def sample(self, model, shape, y=None, **settings) -> Tensor:
-        """x0 of the given shape (B, ...); the settings are those of `trajectory`."""
-        for _, xt, _ in self.trajectory(model, shape, y, **settings):
-            pass
-        return xt
-
-    @staticmethod
-    def _at(table: Tensor, t: Tensor, x: Tensor) -> Tensor:
-        return table[t].view(*t.shape, *[1] * (x.dim() - t.dim()))  # (B, 1, ...), or (B, k, 1)
+        if self.predict == "v":
+            return (a * xt - s * out) / (a**2 + s**2)  # progressive distillation app. D
+        if self.predict == "flow":
+            return (xt - s * out) / (a + s)
+        return out
 
 
-def even_steps(T: int, steps: int) -> list[int]:
-    """Decreasing steps from T to 0, evenly spaced. Raises ValueError where steps is not in 1..T."""
-    if not 1 <= steps <= T:
-        raise ValueError(f"steps must be in 1..{T} (T), got {steps}")
-    return [round(T * i / steps) for i in range(steps, -1, -1)]
+# -- its samplers: from xt at step ts[0] down to x0 at step 0; they yield (step reached, xt, guess of x0) ---
 
 
-def start_from(ts: list[int], t: int) -> list[int]:
-    """The decreasing steps ts below t, after t itself."""
-    return [t, *(u for u in ts if u < t)]
+def ddim(process, x0_of, xt, ts, noise, eta=0.0):
+    """DDIM eq. 12 and 16; on a rectified flow this is Euler's method."""
+    a, s = process.a, process.s
+    for t, u in pairwise(ts):
+        x0 = x0_of(xt, t)
+        eps = (xt - a[t] * x0) / s[t]
+        sigma = eta * s[u] / s[t] * math.sqrt(s[t] ** 2 - (a[t] / a[u] * s[u]) ** 2)
+        xt = a[u] * x0 + math.sqrt(s[u] ** 2 - sigma**2) * eps
+        if sigma:
+            xt = xt + sigma * noise()
+        yield u, xt, x0
 
 
-# -- the masked process -------------------------------------------------------------------------------------------------
+def ddpm(process, x0_of, xt, ts, noise):
+    """Ancestral sampling, DDPM Alg. 2: DDIM with as much noise as the posterior has, eq. 7."""
+    return ddim(process, x0_of, xt, ts, noise, eta=1.0)
 
 
-class Masked(nn.Module):
-    """The absorbing process on tokens: at step t each one is masked with probability t/T. MDLM, 2406.07524.
+def dpm_solver(process, x0_of, xt, ts, noise):
+    """DPM-Solver++(2M), Algorithm 2, with lambda = log(a / s)."""
+    a, s, before = process.a, process.s, None
+    for t, u in pairwise(ts):
+        x0 = x0_of(xt, t)
+        if u == 0:
+            yield u, x0, x0
+            return
+        lam = math.log(a[t] / s[t])
+        h = math.log(a[u] / s[u]) - lam
+        D = x0 if before is None else x0 + h / (lam - before[1]) / 2 * (x0 - before[0])
+        xt, before = s[u] / s[t] * xt - a[u] * math.expm1(-h) * D, (x0, lam)
+        yield u, xt, x0
 
-    x0 (B, k, V) holds one-hot vectors, a masked token is a vector of zeros, and the denoiser gives the logits of x0; it is not told t, since
-    the masks that it sees say as much (MDLM section 3.5). weight: "elbo" counts
-    an error at step t by T/t (MDLM eq. 10, a bound on the likelihood), "plain" counts all masked tokens alike.
-    self_condition: as in `Diffusion`; the guess are the probabilities of each token.
+
+def heun(process, x0_of, xt, ts, noise):
+    """EDM Algorithm 2 without churn, in z = xt / a at sigma = s / a: two evaluations a step, the last one."""
+    a, s = process.a, process.s
+    for t, u in pairwise(ts):
+        x0 = x0_of(xt, t)
+        if u == 0:
+            yield u, x0, x0
+            return
+        z, sigma, sigma_u = xt / a[t], s[t] / a[t], s[u] / a[u]
+        d = (z - x0) / sigma
+        euler = z + (sigma_u - sigma) * d
+        d_u = (euler - x0_of(a[u] * euler, u)) / sigma_u
+        xt = a[u] * (z + (sigma_u - sigma) * (d + d_u) / 2)
+        yield u, xt, x0
+
+
+def even(process, n: int) -> list[int]:
+    """n steps [T, ..., 0], evenly spaced."""
+    return [round(process.T * i / n) for i in range(n, -1, -1)]
+
+
+def karras(process, n: int, rho: float = 7) -> list[int]:
+    """n steps even in sigma^(1/rho), from a sigma of at most 80 to 0. EDM eq. 5.
+
+    Steps that would fall on one integer move apart to neighbouring ones. A step where a is 0, and sigma
+    infinite, is left out: ValueError where n needs it.
     """
-
-    def __init__(self, T: int = 1000, weight: str = "plain", self_condition: float = 0.0, shift: float = 1.0):
-        super().__init__()
-        if weight not in ("elbo", "plain") or weight == "elbo" and shift != 1:
-            raise ValueError(f"weight is elbo or plain, and elbo is a bound for shift 1 only, got {weight!r} and {shift:g}")
-        self.T, self.weight, self.self_condition, self.shift = T, weight, self_condition, shift
-
-    def q_sample(self, x0: Tensor, t: Tensor) -> Tensor:
-        """xt for x0 (B, k, V) at steps t (B,), or (B, k) for each position. MDLM eq. 3."""
-        masked = torch.rand(x0.shape[:2], device=x0.device) < (t if t.dim() == 2 else t[:, None]) / self.T
-        return x0.masked_fill(masked[..., None], 0.0)
-
-    def loss(self, model, x0: Tensor, y=None, drop: float = 0.0) -> Tensor:
-        """Scalar training loss of one-hot x0 (B, k, V) under condition y, which is dropped with probability `drop`."""
-        t = draw_t(self.T, x0, y, self.shift)[1]
-        xt = self.q_sample(x0, t)
-        y, guess = drop_condition(y, drop), ()
-        if self.self_condition and torch.rand(()) < self.self_condition:
-            with peek():
-                guess = (model(xt, None, y).float().softmax(-1),)
-        out = model(xt, None, y, *guess).float()
-        error = F.cross_entropy(out.movedim(-1, 1), x0.argmax(-1), reduction="none") * ~xt.any(-1)  # (B, k), of masked tokens
-        if self.weight == "elbo":
-            error = error * self.T / (t if t.dim() == 2 else t[:, None])  # MDLM eq. 10
-        return mean_counted(error if isinstance(y, Chain) else error.mean(1), y)
-
-    @peek()
-    def guess(self, model, x0: Tensor, y=None) -> Tensor:
-        """The denoiser's guess, in one evaluation, of x0 (B, k, V) masked at random steps: one-hot where known, probabilities where not."""
-        t = draw_t(self.T, x0, y, self.shift)[1]
-        xt = self.q_sample(x0, t)
-        return torch.where(xt.any(-1, keepdim=True), xt, model(xt, None, y).float().softmax(-1))
-
-    @torch.no_grad()
-    def trajectory(self, model, shape, y=None, *, sampler="confident", steps=10, temperature=0.0, start=None, generator=None):
-        """Yield (t, xt, x0) after every step from all masked to all known: x0 is the guess, one-hot.
-
-        sampler: "confident" keeps at each step the tokens that the denoiser is surest of (MaskGIT section 3.2; with more steps than tokens,
-        one at a time), "random" any of them (MDLM eq. 7). temperature: of the tokens' distribution; 0 takes the likeliest. start: (x0, t)
-        begins from that x0 masked as at step t. generator: a CPU generator gives the same draws on any device.
-        """
-        if sampler not in ("confident", "random"):
-            raise ValueError(f"sampler is confident or random, got {sampler!r}")
-        B, k, V = shape
-        device = next(model.parameters()).device
-        rand = lambda *size: torch.rand(size, generator=generator, device=generator.device if generator else device).to(device)
-        ts, xt, guess, left = even_steps(self.T, steps), torch.zeros(shape, device=device), (), k
-        if start:
-            ts, left = start_from(ts, start[1]), max(1, round(k * start[1] / self.T))
-            xt = start[0].masked_fill((rand(B, k).argsort(1).argsort(1) < left)[..., None], 0.0)
-        for u in ts[1:]:
-            if round(k * u / self.T) >= left:  # no token would become known
-                continue
-            left = round(k * u / self.T)  # tokens masked at step u
-            logits = model(xt, None, y, *guess).float()
-            masked = ~xt.any(-1)  # (B, k)
-            gumbel = -(-rand(B, k, V).clamp(min=1e-9).log()).log() if temperature else 0.0
-            x0 = F.one_hot((logits + temperature * gumbel).argmax(-1), V).float()
-            x0 = torch.where(masked[..., None], x0, xt)
-            sure = (logits.softmax(-1) * x0).sum(-1) if sampler == "confident" else rand(B, k)
-            sure = sure.masked_fill(~masked, 2.0)  # what is known stays
-            xt = x0.masked_fill((sure.argsort(1).argsort(1) < left)[..., None], 0.0)
-            guess = (logits.softmax(-1),) if self.self_condition else ()
-            yield u, xt, x0
-
-    sample = Diffusion.sample
+    a, s = (torch.tensor(table[1:], dtype=torch.float64) for table in (process.a, process.s))
+    log_sigma = (s / a)[a > 0].log()
+    last = len(log_sigma)
+    if n > last:
+        raise ValueError(f"sigma is finite at {last} steps only, got {n}: take fewer, or ddim")
+    low, high = log_sigma[0].exp(), log_sigma[-1].exp().clamp(max=80)
+    wanted = torch.linspace(high ** (1 / rho), low ** (1 / rho), n, dtype=torch.float64).flip(0).log() * rho
+    t = (wanted[:, None] - log_sigma).abs().argmin(1) + 1  # (n,) ascending
+    i = torch.arange(n)
+    t = (t - i).cummax(0).values.clamp(max=last - n + 1) + i  # each above the one before, none above the last
+    return [*t.flip(0).tolist(), 0]
 
 
-# -- what the denoisers share -------------------------------------------------------------------------------------------
+def karras_heun(process, n: int) -> list[int]:
+    """Steps for at most n evaluations of Heun's method."""
+    return karras(process, (n + 1) // 2)
+
+
+SAMPLERS = {
+    "ddpm": (ddpm, even),
+    "ddim": (ddim, even),
+    "dpm++": (dpm_solver, karras),
+    "heun": (heun, karras_heun),
+}
+
+
+@torch.no_grad()
+def trajectory(
+    process, model, shape, y=None, *, sampler="dpm++", steps=10, guidance=0.0, clip=math.inf, generator=None
+):
+    """Yield (t, xt, x0) after every step from noise to data: t the step reached, x0 the denoiser's guess.
+
+    shape: (B, ...) of x0. steps: evaluations of the denoiser, 1..T (two each with guidance). guidance: w of
+    CFG eq. 6; 0 is the plain conditional model. clip: largest absolute value of x0. generator: one on the
+    CPU gives the same noise on any device. Raises ValueError for steps outside 1..T.
+    """
+    if not 1 <= steps <= process.T:
+        raise ValueError(f"steps must be in 1..{process.T} (T), got {steps}")
+    device, guess = process.a_table.device, ()
+
+    def noise() -> Tensor:
+        return torch.randn(shape, generator=generator, device="cpu" if generator else device).to(device)
+
+    def x0_of(xt: Tensor, t: int) -> Tensor:
+        nonlocal guess
+        t_batch = torch.full(shape[:1], t, device=device)
+        out = model(xt, t_batch, y, *guess).float()
+        if guidance:  # linear in every kind of output
+            out = (1 + guidance) * out - guidance * model(xt, t_batch, None, *guess).float()  # CFG eq. 6
+        x0 = process.predict_x0(out, xt, process.a[t], process.s[t]).clamp(-clip, clip)
+        guess = (x0,) if process.self_condition else ()
+        return x0
+
+    step, spacing = SAMPLERS[sampler]
+    ts = spacing(process, steps)
+    xt = math.hypot(process.a[ts[0]], process.s[ts[0]]) * noise()  # as data of variance 1 would be there
+    yield from step(process, x0_of, xt, ts, noise)
+
+
+def sample(process, model, shape, y=None, **settings) -> Tensor:
+    """x0 of the given shape (B, ...); the settings are those of `trajectory`."""
+    for _, xt, _ in trajectory(process, model, shape, y, **settings):
+        x0 = xt  # the last one is clean
+    return x0
+
 
 def drop_condition(y, p: float):
-    """The condition with each sample's label and context removed with probability p. CFG Alg. 1."""
-    if y is None or not p:
+    """The condition y with each sample's label and context removed with probability p. CFG Alg. 1."""
+    if y is None or p == 0:
         return y
-    if isinstance(y, Chain):
-        raise ValueError("a chain has no guidance: its condition cannot be dropped")
     labels, context, mask = y if isinstance(y, tuple) else (y, None, None)
-    some = labels if labels is not None else mask
+    some = mask if labels is None else labels
     drop = torch.rand(len(some), device=some.device) < p  # (B,)
-    labels = labels if labels is None else labels.masked_fill(drop, -1)
+    labels = None if labels is None else labels.masked_fill(drop, -1)
     return (labels, context, mask & ~drop[:, None]) if isinstance(y, tuple) else labels
 
 
-def sinusoid(t: Tensor, dim: int) -> Tensor:
-    """Sines and cosines (..., dim) of positions or steps t (...), wavelengths 2 pi to 2 pi 10,000. DDPM appendix B."""
-    freq = torch.exp(torch.arange(dim // 2, device=t.device) * (-math.log(10_000) / (dim // 2)))
-    angle = t[..., None].float() * freq
-    return torch.cat([angle.sin(), angle.cos()], dim=-1)
+# -- the masked process ----------------------------------------------------------------------------------
 
 
-class StepEmbedding(nn.Module):
-    """One vector (B, D) for step t (B,) and class label y (B,); -1 or None is "no label"."""
+class Masked:
+    """The absorbing process on token ids: at t in [0, 1] each is mask_id with probability t. MDLM eq. 3."""
 
-    def __init__(self, D: int, classes: int):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D))
-        self.label = nn.Embedding(classes + 1, D)  # row 0 is "no label"
+    def __init__(self, mask_id: int):
+        self.mask_id = mask_id
 
-    def forward(self, t: Tensor, y) -> Tensor:
-        y = torch.zeros_like(t, dtype=torch.long) if y is None else y + 1
-        return self.mlp(sinusoid(t, self.mlp[0].in_features)) + self.label(y)
+    def q_sample(self, x0: Tensor, t: Tensor) -> Tensor:
+        """xt for x0 (B, k) at t (B,), or (B, k) for each position."""
+        hit = torch.rand(x0.shape, device=x0.device) < (t if t.dim() == 2 else t[:, None])
+        return x0.masked_fill(hit, self.mask_id)
+
+    def loss(self, model, x0: Tensor, y=None, t: Tensor | None = None) -> Tensor:
+        """Cross-entropies (B, k) of the masked tokens of x0 (B, k), 0 at the others; t as in `q_sample`.
+
+        All masked tokens count alike; MDLM eq. 10, a bound on the likelihood, divides by t.
+        """
+        t = torch.rand(x0.shape[:1], device=x0.device) if t is None else t
+        xt = self.q_sample(x0, t)
+        logits = model(xt, t, y).float()
+        return F.cross_entropy(logits.mT, x0, reduction="none") * (xt == self.mask_id)
+
+
+@torch.no_grad()
+def unmask(
+    model, xt: Tensor, mask_id: int, y=None, *, steps=8, order="confident", temperature=0.0, generator=None
+):
+    """Yield xt (B, k) after every step: what is masked in it becomes known, what is known stays.
+
+    steps: evaluations of the denoiser; each makes known at least one token of each sequence that has any
+    left, so never more than there are. order: "confident" keeps the tokens that the denoiser is surest of
+    (MaskGIT section 3.2), "random" any (MDLM eq. 7). temperature: of the tokens' distribution; 0 takes the
+    likeliest. generator: one on the CPU gives the same draws on any device.
+    """
+
+    def rand(*shape) -> Tensor:
+        return torch.rand(shape, generator=generator, device="cpu" if generator else xt.device).to(xt.device)
+
+    masked = xt == mask_id
+    n = left = masked.sum(1)  # (B,)
+    for u in reversed(range(steps)):
+        before, left = left, (n * u / steps).round()
+        if torch.equal(left, before):
+            continue  # no token would become known
+        logits = model(xt, masked.float().mean(1), y).float()
+        noisy = logits
+        if temperature:
+            noisy = logits - temperature * (-rand(*logits.shape).clamp(min=1e-9).log()).log()  # Gumbel noise
+        p, x0 = logits.softmax(-1).max(-1)
+        if temperature:
+            x0 = noisy.argmax(-1)
+            p = logits.softmax(-1).gather(-1, x0[..., None])[..., 0]
+        sure = p if order == "confident" else rand(*p.shape)
+        rank = sure.masked_fill(~masked, math.inf).argsort(1).argsort(1)
+        x0 = torch.where(masked, x0, xt)
+        masked = rank < left[:, None]
+        xt = torch.where(masked, mask_id, x0)
+        yield xt
+
+
+# -- what the denoisers share ----------------------------------------------------------------------------
 
 
 def zero(layer):
@@ -375,11 +333,32 @@ def zero(layer):
     return layer
 
 
-# -- denoisers ----------------------------------------------------------------------------------------------------------
+def sinusoid(t: Tensor, dim: int) -> Tensor:
+    """Sines and cosines (..., dim) of steps or positions t (...), wavelengths 2 pi to 2 pi 10,000. DDPM app.
+    B."""
+    freq = torch.exp(torch.arange(dim // 2, device=t.device) * (-math.log(10_000) / (dim // 2)))
+    angle = t[..., None].float() * freq
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
+class StepEmbedding(nn.Module):
+    """A vector (B, D) for steps t (B,) and class labels y (B,); -1 or None is "no label"."""
+
+    def __init__(self, D: int, classes: int = 0):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D))
+        self.label = nn.Embedding(classes + 1, D)  # row 0 is "no label"
+
+    def forward(self, t: Tensor, y: Tensor | None = None) -> Tensor:
+        y = torch.zeros_like(t, dtype=torch.long) if y is None else y + 1
+        return self.mlp(sinusoid(t, self.mlp[0].in_features)) + self.label(y)
+
+
+# -- the UNet --------------------------------------------------------------------------------------------
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions; the step embedding scales and shifts between them. The last one starts at zero."""
+    """Two 3x3 convolutions; the step embedding scales and shifts between them. DDPM appendix B."""
 
     def __init__(self, c_in: int, c_out: int, D: int):
         super().__init__()
@@ -404,38 +383,45 @@ class ImageAttention(nn.Module):
         self.qkv, self.out = nn.Conv2d(c, 3 * c, 1), zero(nn.Conv2d(c, c, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        B, C, H, W = x.shape
-        q, k, v = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W).transpose(-1, -2).unbind(1)  # (B, heads, HW, C/heads)
-        h = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(B, C, H, W)
+        qkv = self.qkv(self.norm(x)).flatten(2).unflatten(1, (3, self.heads, -1))
+        q, k, v = qkv.transpose(-1, -2).unbind(1)  # (B, heads, H W, C/heads)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(x.shape)
         return x + self.out(h)
 
 
 class UNet(nn.Module):
-    """Convolutional denoiser of images (B, C, H, W); H and W must be divisible by 2^(levels - 1) (ValueError otherwise).
+    """Convolutional denoiser of images (B, C, H, W); H and W must be divisible by 2^(levels - 1).
 
-    channels: width of each level, multiples of 8, from full resolution down. blocks: residual blocks of each level on the way down,
-    and on the way up. Attention once, at the lowest resolution. classes: number of labels, 0 for none.
+    channels: width of each level, multiples of 8, from full resolution down. blocks: residual blocks of each
+    level on the way down, and on the way up. Attention once, at the lowest resolution. classes: number of
+    labels, 0 for none. Raises ValueError for sides that it cannot halve often enough.
     """
 
-    def __init__(self, image_channels: int, channels=(32, 64, 128), blocks=(1, 1, 2), classes: int = 0, heads: int = 4):
+    def __init__(self, image_channels: int, channels=(32, 64, 128), blocks=(1, 1, 2), classes=0, heads=4):
         super().__init__()
         D = 4 * channels[0]
-        self.divisor = 2 ** (len(channels) - 1)
         self.embed = StepEmbedding(D, classes)
         self.stem = nn.Conv2d(image_channels, channels[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        for i, (c, n) in enumerate(zip(channels, blocks)):
-            above = channels[max(i - 1, 0)]
-            shrink = nn.Identity() if i == 0 else nn.Conv2d(above, c, 3, stride=2, padding=1)
-            grow = nn.Identity() if i == 0 else nn.Sequential(nn.Conv2d(c, above, 1), nn.Upsample(scale_factor=2))  # few channels up there
+        above = channels[0]
+        for c, n in zip(channels, blocks, strict=True):
+            first = len(self.down) == 0
+            shrink = nn.Identity() if first else nn.Conv2d(above, c, 3, stride=2, padding=1)
+            # The 1x1 convolution comes before the upsampling: few channels up there.
+            grow = (
+                nn.Identity() if first else nn.Sequential(nn.Conv2d(c, above, 1), nn.Upsample(scale_factor=2))
+            )
             self.down.append(nn.ModuleList([shrink, *(ResBlock(c, c, D) for _ in range(n))]))
             self.up.insert(0, nn.ModuleList([*(ResBlock(2 * c, c, D) for _ in range(n)), grow]))
+            above = c
         self.middle = ImageAttention(channels[-1], heads)
-        self.norm, self.head = nn.GroupNorm(8, channels[0]), zero(nn.Conv2d(channels[0], image_channels, 3, padding=1))
+        self.norm = nn.GroupNorm(8, channels[0])
+        self.head = zero(nn.Conv2d(channels[0], image_channels, 3, padding=1))
 
-    def forward(self, xt: Tensor, t: Tensor, y=None) -> Tensor:
-        if xt.shape[-2] % self.divisor or xt.shape[-1] % self.divisor:
-            raise ValueError(f"image sides must be divisible by {self.divisor}, got {tuple(xt.shape[-2:])}")
+    def forward(self, xt: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        divisor = 2 ** (len(self.down) - 1)
+        if xt.shape[-2] % divisor or xt.shape[-1] % divisor:
+            raise ValueError(f"image sides must be divisible by {divisor}, got {tuple(xt.shape[-2:])}")
         emb = F.silu(self.embed(t, y))  # (B, D)
         h, skips = self.stem(xt), []
         for shrink, *blocks in self.down:
@@ -451,24 +437,29 @@ class UNet(nn.Module):
         return self.head(F.silu(self.norm(h)))
 
 
+# -- the transformer: one body; thin heads for images and latents (that for tokens is in blocks.py) --------
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k' / sqrt(d)) v of q (B, heads, L, d) and k, v (B, heads, M, d), where mask (broadcast to (B, heads, L, M), bool) allows it."""
+    """softmax(q k' / sqrt(d)) v of q (B, heads, L, d) and k, v (B, heads, M, d), where mask is True."""
     if q.device.type == "cuda":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    a = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # on a CPU, at these lengths, torch's fused one is slower in bf16: its backward pass three times
+    # On a CPU, at these lengths, the backward pass of torch's fused attention takes three times as long in
+    # bf16.
+    a = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     a = a if mask is None else a.masked_fill(~mask, -1e9)
     return a.softmax(-1).to(v.dtype) @ v
 
 
 def modulate(h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """LayerNorm of h (B, L, D), scaled and shifted by (B or 1, L or 1, D) each. DiT section 3.2."""
+    """LayerNorm of h (B, L, D), scaled and shifted by (B or 1, 1, D) each. DiT section 3.2."""
     if scale.numel() == h.shape[-1]:  # one for all: they are the norm's own weights, in one pass over h
         return F.layer_norm(h, h.shape[-1:], (1 + scale.flatten()).to(h.dtype), shift.flatten().to(h.dtype))
     return F.layer_norm(h, h.shape[-1:]) * (1 + scale) + shift
 
 
 class Block(nn.Module):
-    """Transformer block: self-attention and MLP, each scaled, shifted and gated by the step embedding (adaLN-zero, DiT section 3.2)."""
+    """Self-attention and MLP, each scaled, shifted and gated by emb (adaLN-zero). DiT section 3.2."""
 
     def __init__(self, D: int, heads: int):
         super().__init__()
@@ -476,93 +467,94 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
         self.ada = zero(nn.Linear(D, 6 * D))
 
-    def forward(self, h: Tensor, emb: Tensor, mask, group=slice(None), past=None, wanted=None):
-        """h (B, L, D) and the keys and values (B, heads, p + L, D/heads) that it saw; emb (B, G, D) of which position i takes group[i], or G = 1.
-
-        mask: who sees whom, broadcast to (B, heads, L, p + L). past: keys and values (B, heads, p, D/heads) of p positions before.
-        wanted: only so many of the positions, the first, come back; None: all.
-        """
-        B, L, D = h.shape
-        shift1, scale1, *rest = self.ada(emb)[:, group].chunk(6, dim=-1)  # each (B, 1 or L, D)
-        gate1, shift2, scale2, gate2 = (part[:, :wanted] for part in rest)
-        x = modulate(h, scale1, shift1)
-        q, k, v = self.qkv(x).view(B, L, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (B, heads, L, D/heads)
+    def forward(self, h: Tensor, emb: Tensor, mask: Tensor | None, past, wanted=slice(None)):
+        """The positions `wanted` of h (B, L, D), and the keys and values of all; for the rest see `Body`."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.ada(emb).chunk(6, dim=-1)  # (B or 1, 1, D)
+        x = self.qkv(modulate(h, scale1, shift1)).unflatten(2, (3, self.heads, -1))
+        q, k, v = x.permute(2, 0, 3, 1, 4)  # (B, heads, L, D/heads)
         if past is not None:
-            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        mask = mask if mask is None else mask[:, :, :wanted]
-        x = attention(q[:, :, :wanted], k, v, mask).transpose(1, 2).flatten(2)
-        h = h[:, :wanted] + gate1 * self.out(x)
-        x = modulate(h, scale2, shift2)
-        return h + gate2 * self.mlp(x), (k, v)
+            k, v = (
+                torch.cat([past[0], k], dim=2),
+                torch.cat([past[1], v], dim=2),
+            )  # (B, heads, P + L, D/heads)
+        mask = mask if mask is None else mask[..., wanted, :]
+        x = attention(q[:, :, wanted], k, v, mask).transpose(1, 2).flatten(2)
+        h = h[:, wanted] + gate1 * self.out(x)
+        return h + gate2 * self.mlp(modulate(h, scale2, shift2)), (k, v)
 
 
-class Transformer(nn.Module):
-    """Transformer denoiser of images (B, C, H, W) cut into patches, or, with patch = 0, of vectors (B, k, d).
+class Body(nn.Module):
+    """The transformer itself, which knows neither pixels nor chains."""
 
-    d_in: C or d. D: width, divisible by 4 * heads. patch: side of a patch; H and W must be divisible by it (ValueError otherwise).
-    classes: number of labels, 0 for none. d_context: width of the context vectors of y, 0 for none; they join the sequence, and
-    those whose mask is False count for nothing. places: number of learned positions of vectors; 0: sinusoids, so that any
-    size or length is accepted. self_condition: a guess of x0, shaped like xt, is a fourth argument; without one it is 0. t may be None,
-    where xt itself says how far it is (see `Masked`).
-    """
-
-    def __init__(self, d_in: int, D: int = 256, depth: int = 6, heads: int = 4, patch: int = 0, classes: int = 0, d_context: int = 0, self_condition: bool = False, places: int = 0):
+    def __init__(self, D: int, depth: int, heads: int, d_out: int):
         super().__init__()
         if D % (4 * heads):
             raise ValueError(f"width D must be divisible by 4 * heads = {4 * heads}, got {D}")
-        self.patch = self.divisor = patch
-        d_token = d_in * max(patch, 1) ** 2
-        self.embed, self.self_condition = StepEmbedding(D, classes), self_condition
-        self.inp = nn.Linear(d_token * (1 + self_condition), D)
-        self.context = nn.Linear(d_context, D) if d_context else None
-        self.places = nn.Embedding(places, D) if places else None
         self.blocks = nn.ModuleList(Block(D, heads) for _ in range(depth))
-        self.ada, self.head = zero(nn.Linear(D, 2 * D)), zero(nn.Linear(D, d_token))
+        self.ada, self.head = zero(nn.Linear(D, 2 * D)), zero(nn.Linear(D, d_out))
 
-    def forward(self, xt: Tensor, t: Tensor, y=None, x0=None) -> Tensor:
-        p, D = self.patch, self.inp.out_features
-        chain = y if isinstance(y, Chain) else None
-        labels, context, mask = y if isinstance(y, tuple) else (None if chain else y, None, None)
-        x = torch.cat([xt, torch.zeros_like(xt) if x0 is None else x0], dim=1 if p else -1) if self.self_condition else xt
-        if p:
-            B, C, H, W = xt.shape
-            if H % p or W % p:
-                raise ValueError(f"image sides must be divisible by the patch {p}, got {(H, W)}")
-            x = x.view(B, -1, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(B, H * W // p**2, -1)  # (B, k, d)
-            row, col = torch.meshgrid(*(torch.arange(n // p, device=x.device) for n in (H, W)), indexing="ij")
-            position = torch.cat([sinusoid(row.flatten(), D // 2), sinusoid(col.flatten(), D // 2)], dim=-1)  # (k, D)
-        else:
-            position = self.place(chain.position[: x.shape[1]] if chain else torch.arange(x.shape[1], device=x.device))
-        h, k, group, past = self.inp(x) + position, x.shape[1], slice(None), [None] * len(self.blocks)  # (B, k, D)
-        if t is None:
-            emb = self.clean(xt.device)
-        else:
-            emb = F.silu(self.embed(t if chain else t[:, None], labels if labels is None else labels[:, None]))  # (B, 1 or n, D)
-        if chain:
-            h = torch.cat([h, self.context(chain.context) + self.place(chain.position[k:])], dim=1)
-            if t is not None:
-                emb = torch.cat([emb, self.clean(xt.device).expand(len(t), -1, -1)], dim=1)
-                group = F.pad(chain.block, (0, h.shape[1] - k), value=emb.shape[1] - 1)  # (k + c,)
-            mask, past = chain.see[:, None], chain.past or past
-        elif context is not None:
-            h = torch.cat([h, self.context(context) + self.place(torch.arange(context.shape[1], device=x.device))], dim=1)
-            mask = F.pad(mask, (k, 0), value=True)[:, None, None]  # (B, 1, 1, k + L): every position may look at these
-        seen = []
-        for block, kv in zip(self.blocks, past):
-            h, kv = block(h, emb, mask, group, kv, k if block is self.blocks[-1] else None)  # the last one's context is read by no one
+    def forward(self, h: Tensor, emb: Tensor, n: int, mask: Tensor | None = None, cache=None):
+        """Outputs (B, n, d_out) of the last n of the embedded positions h (B, L, D), and the longer cache.
+
+        emb: (B or 1, 1, D), how noisy they are. mask: bool, (L, P + L) or with axes (B, heads) before, who
+        (row) sees whom (column). cache: for each block keys and values (B, heads, P, D/heads) of P positions
+        before these.
+        """
+        seen, last = [], self.blocks[-1]
+        for block, past in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
+            # What stands before the last n is read by them, and after the last block by no one.
+            h, kv = block(h, emb, mask, past, slice(-n, None) if block is last else slice(None))
             seen.append(kv)
-        if chain and chain.keep and chain.context.shape[1]:
-            chain.move(seen)
-        shift, scale = self.ada(emb)[:, group if t is None or not chain else chain.block].chunk(2, dim=-1)
-        out = self.head(modulate(h, scale, shift))  # (B, k, d)
-        if p:
-            out = out.view(B, H // p, W // p, C, p, p).permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
-        return out
+        shift, scale = self.ada(emb).chunk(2, dim=-1)
+        return self.head(modulate(h, scale, shift)), seen
 
-    def place(self, position: Tensor) -> Tensor:
-        """The embedding (L, D) of positions (L,)."""
-        return self.places(position) if self.places else sinusoid(position, self.inp.out_features)
 
-    def clean(self, device) -> Tensor:
-        """The embedding (1, 1, D) of step 0, at which a context stands."""
-        return F.silu(self.embed(torch.zeros(1, 1, dtype=torch.long, device=device), None))
+class ImageTransformer(nn.Module):
+    """Denoiser of images (B, C, H, W) cut into patches of side p, of any size that p divides (else
+    ValueError).
+
+    D: width, divisible by 4 * heads. classes: number of labels, 0 for none.
+    """
+
+    def __init__(self, image_channels: int, D=192, depth=6, p=2, classes=0, heads=4):
+        super().__init__()
+        self.p, self.embed, self.inp = p, StepEmbedding(D, classes), nn.Linear(image_channels * p**2, D)
+        self.body = Body(D, depth, heads, image_channels * p**2)
+
+    def forward(self, xt: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        if xt.shape[-2] % self.p or xt.shape[-1] % self.p:
+            raise ValueError(f"image sides must be divisible by {self.p}, got {tuple(xt.shape[-2:])}")
+        x = F.pixel_unshuffle(xt, self.p)  # (B, C p^2, H/p, W/p)
+        row, column = (
+            sinusoid(torch.arange(n, device=x.device), self.inp.out_features // 2) for n in x.shape[2:]
+        )
+        place = torch.cat(torch.broadcast_tensors(row[:, None], column[None]), dim=-1)  # (H/p, W/p, D)
+        h = (self.inp(x.permute(0, 2, 3, 1)) + place).flatten(1, 2)  # (B, L, D)
+        out, _ = self.body(h, F.silu(self.embed(t, y))[:, None], h.shape[1])
+        return F.pixel_shuffle(out.transpose(1, 2).reshape(x.shape), self.p)
+
+
+class LatentTransformer(nn.Module):
+    """Denoiser of latents (B, k, d) under a condition y: labels (B,), or (labels or None, context, mask).
+
+    context: vectors (B, L, d_context), which count where mask (B, L) is True. classes, d_context: 0 for none.
+    self_condition: a guess of x0, shaped like xt, is a fourth argument; without one it is 0.
+    """
+
+    def __init__(self, d: int, D: int, depth: int, classes=0, d_context=0, self_condition=False, heads=4):
+        super().__init__()
+        self.embed, self.inp = StepEmbedding(D, classes), nn.Linear(d * (1 + self_condition), D)
+        self.context = nn.Linear(d_context, D) if d_context else None
+        self.self_condition, self.body = self_condition, Body(D, depth, heads, d)
+
+    def forward(self, xt: Tensor, t: Tensor, y=None, x0: Tensor | None = None) -> Tensor:
+        labels, context, mask = y if isinstance(y, tuple) else (y, None, None)
+        if self.self_condition:
+            xt = torch.cat([xt, torch.zeros_like(xt) if x0 is None else x0], dim=-1)
+        k, D = xt.shape[1], self.inp.out_features
+        h = self.inp(xt) + sinusoid(torch.arange(k, device=xt.device), D)
+        if context is not None:
+            place = sinusoid(torch.arange(context.shape[1], device=xt.device), D)
+            h = torch.cat([self.context(context) + place, h], dim=1)  # (B, L + k, D)
+            mask = F.pad(mask, (0, k), value=True)[:, None, None]  # (B, 1, 1, L + k)
+        return self.body(h, F.silu(self.embed(t, labels))[:, None], k, mask)[0]

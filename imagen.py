@@ -1,9 +1,10 @@
 """Image diffusion: trains a denoiser, draws samples, scores them.
 
-    python imagen.py                                        FashionMNIST (downloaded to ./data), UNet
-    python imagen.py --dataset digits --max_steps 1500      handwritten digits: nothing to download, minutes on a CPU
-    python imagen.py --sample_from out/digits/last.pt       new samples from a checkpoint; --score_from scores it
+python imagen.py --dataset digits                     handwritten digits: nothing to download, two minutes
+python imagen.py                                      FashionMNIST (downloaded to ./data)
+python imagen.py --sample_from out/digits/last.pt     new samples; --score_from scores a checkpoint again
 """
+
 import dataclasses
 import shlex
 import time
@@ -17,9 +18,18 @@ from torch import Tensor
 
 import metrics
 from data import Images, load_images
-from diffusion import SCHEDULES, Diffusion, Transformer, UNet
-from training import Run, UserError, autocast, load_checkpoint, load_weights, need, pick_device, run_script
-
+from diffusion import SCHEDULES, Diffusion, ImageTransformer, UNet, drop_condition, sample, trajectory
+from training import (
+    Run,
+    UserError,
+    autocast,
+    load_checkpoint,
+    load_weights,
+    need,
+    pick_device,
+    run_name,
+    run_script,
+)
 
 CACHE = "out/classifiers"  # the scores' classifiers, one for each data set
 
@@ -29,13 +39,13 @@ class Config:
     """Hyperparameters. Edit the defaults here, or override any of them: python imagen.py --lr 1e-3"""
 
     # -- data --
-    dataset: str = "fashionmnist"  # fashionmnist, mnist, cifar10, digits (no download), or the path of a folder of images
+    dataset: str = "fashionmnist"  # fashionmnist, mnist, cifar10, digits (no download), or a folder of images
     data_dir: str = "data"  # where torchvision finds its data sets, or puts them
-    image_size: int = 0  # scale and crop images to this side; 0 keeps their own
+    image_size: int | None = None  # scale and crop images to this side; None keeps their own
     # -- diffusion --
     T: int = 1000  # timesteps of the forward process
-    schedule: Literal["cosine", "linear"] = "cosine"  # noise schedule
-    predict: Literal["v", "x0", "eps"] = "v"  # what the denoiser's output means
+    schedule: Literal["cosine", "linear", "flow"] = "cosine"  # noise schedule; flow: rectified flow
+    predict: Literal["v", "x0", "eps", "flow"] = "v"  # what the denoiser's output means; flow: eps - x0
     weight: Literal["min-snr", "plain"] = "min-snr"  # weight of a step's loss
     label_drop: float = 0.1  # share of training labels dropped, for guidance
     # -- denoiser --
@@ -46,84 +56,103 @@ class Config:
     width: int = 192  # transformer: width of the model
     depth: int = 6  # transformer: number of blocks
     # -- optimisation --
-    max_steps: int = 5000  # optimizer steps
+    max_steps: int = 8000  # optimizer steps
     batch_size: int = 64  # images of a step, over all processes
     lr: float = 2e-3  # AdamW's learning rate after warm-up
     warmup: int = 100  # steps of linear warm-up
     ema_decay: float = 0.999  # upper limit of the EMA's decay; it ramps as (1 + step) / (10 + step)
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the network; auto: bf16 where the hardware has it
-    compile: bool = False  # compile the network with torch.compile
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware has it
     # -- sampling --
-    sampler: Literal["dpm++", "ddim", "ddpm"] = "dpm++"  # DPM-Solver++(2M), DDIM, or DDPM's ancestral sampling
+    sampler: Literal["dpm++", "ddim", "ddpm", "heun"] = "dpm++"  # DPM-Solver++(2M), DDIM, DDPM or EDM's Heun
     steps: int = 10  # evaluations of the network (two each with guidance)
-    eta: float = 0.0  # ddim: 0 without noise, 1 as much as ddpm
     guidance: float = 0.0  # classifier-free guidance: 0 off, 1 strong
-    score_n: int = 500  # samples of a score; at most the number of training images; 0: no score after training
+    score_n: int = 500  # samples of a score, at most as many as training images; 0: none after training
     # -- the run --
-    out: str = ""  # folder of the run; default out/DATASET
+    out: str = "out/{dataset}"  # folder of the run
     seed: int = 0  # of weights, data order, noise and samples
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda where there is one, else mps, else cpu
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda where there is one, else mps or cpu
     log_every: int = 50  # steps between lines of the log
     sample_every: int = 1000  # steps between grids of samples
     save_every: int = 500  # steps between checkpoints
     resume: bool = False  # go on with the run in the folder
-    sample_from: str = ""  # sample from this checkpoint; no data, no training
-    score_from: str = ""  # score this checkpoint against the test split
+    sample_from: str | None = None  # sample from this checkpoint; no data, no training
+    score_from: str | None = None  # score this checkpoint against the test split
 
     kind = "imagen"  # the script that a checkpoint belongs to (no annotation: not a setting)
-    fixed = tuple(  # what a resumed run may not change: the data, the model, and what training makes of them
-        "dataset image_size T schedule predict weight label_drop denoiser channels blocks patch width depth batch_size seed".split()
-    )
+
+    @staticmethod
+    def recipe(given) -> dict:
+        return RECIPES.get(given.dataset, {})
 
     def __post_init__(self):
         need(self, "max_steps batch_size patch width depth T log_every sample_every save_every", 1)
-        need(self, "warmup image_size score_n", 0)
+        need(self, "warmup score_n", 0)
         need(self, "seed", 0, 2**32)
         need(self, "guidance", 0, 1000)
-        need(self, "label_drop ema_decay eta", 0, 1)
+        need(self, "label_drop ema_decay", 0, 1)
         need(self, "lr", 1e-9, 1)
         need(self, "steps", 1, self.T)
-        if len(self.channels) != len(self.blocks) or not self.channels or min(self.blocks) < 1 or any(c < 8 or c % 8 for c in self.channels):
-            raise ValueError(f"channels must be multiples of 8 and blocks at least 1, one each a level, got {self.channels} and {self.blocks}")
-        if self.width % 16:
-            raise ValueError(f"width must be divisible by 16, got {self.width}")
+        if len(self.channels) != len(self.blocks) or not self.channels or min(self.blocks) < 1:
+            got = f"{self.channels} and {self.blocks}"
+            raise ValueError(f"channels and blocks need a number a level each, blocks from 1 up, got {got}")
+        if any(c < 8 or c % 8 for c in self.channels) or self.width % 16:
+            got = f"{self.channels} and {self.width}"
+            raise ValueError(f"channels must be multiples of 8 and width a multiple of 16, got {got}")
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"image_size must be at least 1, got {self.image_size}")
         if self.guidance and not self.label_drop:
-            raise ValueError("guidance needs a denoiser that has also seen images without their class: --label_drop above 0")
+            raise ValueError("guidance needs a denoiser that has also seen no labels: --label_drop above 0")
         if self.sample_from and self.score_from:
             raise ValueError("choose one of sample_from and score_from")
 
 
+RECIPES = {  # what a data set needs otherwise than the defaults above; flags override both
+    "digits": dict(max_steps=1500),
+    "mnist": dict(max_steps=2200),
+}
+
+
 def build(cfg: Config, facts: dict, device: torch.device):
-    """The process and the denoiser that cfg describes, for data of facts["shape"] (C, H, W). Raises UserError where they do not fit."""
+    """The process and the denoiser that cfg describes, for images of facts["shape"] (C, H, W). Raises
+    UserError."""
     channels, *sides = facts["shape"]
-    torch.manual_seed(cfg.seed)
     classes = len(facts["names"])
+    torch.manual_seed(cfg.seed)
     if cfg.denoiser == "unet":
-        model = UNet(channels, cfg.channels, cfg.blocks, classes)
+        model, divisor = UNet(channels, cfg.channels, cfg.blocks, classes), 2 ** (len(cfg.channels) - 1)
     else:
-        model = Transformer(channels, cfg.width, cfg.depth, patch=cfg.patch, classes=classes)
-    if any(side % model.divisor for side in sides):
-        fit = f"--image_size {max(1, min(sides) // model.divisor) * model.divisor}, or change --channels and --blocks (unet) or --patch (transformer)"
-        raise UserError(f"images are {sides[1]}x{sides[0]}, but this {cfg.denoiser} needs sides divisible by {model.divisor}: add {fit}")
+        model, divisor = ImageTransformer(channels, cfg.width, cfg.depth, cfg.patch, classes), cfg.patch
+    if any(side % divisor for side in sides):
+        fits = max(1, min(sides) // divisor) * divisor
+        way_out = (
+            f"add --image_size {fits}, or change --channels and --blocks (unet) or --patch (transformer)"
+        )
+        needs = f"this {cfg.denoiser} needs sides divisible by {divisor}"
+        raise UserError(f"images are {sides[1]}x{sides[0]}, but {needs}: {way_out}")
     try:
-        process = Diffusion(SCHEDULES[cfg.schedule](cfg.T), cfg.predict, cfg.weight).to(device)
+        process = Diffusion(*SCHEDULES[cfg.schedule](cfg.T), cfg.predict, cfg.weight)
     except ValueError as error:
-        raise UserError(f"--schedule {cfg.schedule} with --T {cfg.T}: {error}") from error
-    return process, model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
+        raise UserError(
+            f"--schedule {cfg.schedule}, --T {cfg.T}, --predict {cfg.predict}: {error}"
+        ) from error
+    layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
+    return process.to(device), model.to(device, memory_format=layout)
 
 
 def settings(cfg: Config) -> dict:
-    """The sampling settings of cfg, by the names that Diffusion.trajectory gives them."""
-    return dict(sampler=cfg.sampler, steps=cfg.steps, eta=cfg.eta, guidance=cfg.guidance, clip=1.0)
+    """The sampling settings of cfg, by the names that `trajectory` gives them."""
+    return dict(sampler=cfg.sampler, steps=cfg.steps, guidance=cfg.guidance, clip=1.0)
 
 
-def sample(cfg: Config, process: Diffusion, model, shape: list[int], y: Tensor, device: torch.device) -> Tensor:
+def draw(cfg: Config, process: Diffusion, model, shape: list[int], y: Tensor, device: torch.device) -> Tensor:
     """uint8 images (n, C, H, W) of labels y (n,) (-1: any), drawn with cfg.seed."""
     generator, parts = torch.Generator().manual_seed(cfg.seed), []
     for part in y.split(250):
         with autocast(device, cfg.precision):
-            x = process.sample(model, (len(part), *shape), part.to(device), generator=generator, **settings(cfg))
-        parts.append(to_uint8(x))
+            x0 = sample(
+                process, model, (len(part), *shape), part.to(device), generator=generator, **settings(cfg)
+            )
+        parts.append(to_uint8(x0))
     return torch.cat(parts)
 
 
@@ -131,16 +160,16 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
-# -- pictures -----------------------------------------------------------------------------------------------------------
+# -- pictures --------------------------------------------------------------------------------------------
 
 
 def save_grid(rows: list[Tensor], labels: list[str], path: Path) -> Path:
-    """One row of images for each tensor (n, C, H, W) uint8, its label in the margin; small images are enlarged smoothly."""
+    """One row of images for each tensor (n, C, H, W) uint8, its label in the margin; small ones enlarged."""
     zoom = max(1, 56 // rows[0].shape[-1])
     h, w = (side * zoom + 2 for side in rows[0].shape[-2:])
     margin = 8 * max(map(len, labels), default=0) + 8
     canvas = Image.new("RGB", (margin + w * max(map(len, rows)), h * len(rows)), "white")
-    for i, (row, label) in enumerate(zip(rows, labels)):
+    for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
         ImageDraw.Draw(canvas).text((4, i * h + h // 2 - 7), label, fill="black", font_size=13)
         for j, x in enumerate(row):
             picture = Image.fromarray(x.expand(3, -1, -1).permute(1, 2, 0).numpy())
@@ -151,10 +180,12 @@ def save_grid(rows: list[Tensor], labels: list[str], path: Path) -> Path:
 
 
 def grid(cfg: Config, process: Diffusion, model, facts: dict, device: torch.device, path: Path) -> Path:
-    """Ten samples of each class (at most 20 classes; without classes 10 rows), from the same noise at every call."""
+    """Ten samples of each class (at most 20 classes; without classes 10 rows), from the same noise every
+    time."""
     names = facts["names"][:20]
     y = torch.arange(len(names)).repeat_interleave(10) if names else torch.full((100,), -1)
-    return save_grid(list(sample(cfg, process, model, facts["shape"], y, device).split(10)), names or [""] * 10, path)
+    rows = draw(cfg, process, model, facts["shape"], y, device).split(10)
+    return save_grid(list(rows), names or [""] * 10, path)
 
 
 def film(cfg: Config, process: Diffusion, model, facts: dict, device: torch.device, path: Path) -> Path:
@@ -162,13 +193,15 @@ def film(cfg: Config, process: Diffusion, model, facts: dict, device: torch.devi
     y = torch.full((1,), 0 if facts["names"] else -1, device=device)
     generator = torch.Generator().manual_seed(cfg.seed)
     with autocast(device, cfg.precision):
-        frames = list(process.trajectory(model, (1, *facts["shape"]), y, generator=generator, **settings(cfg)))
-    frames = [frames[i] for i in sorted({round(i) for i in torch.linspace(0, len(frames) - 1, 10).tolist()})]
-    rows = [torch.cat([to_uint8(f[i]) for f in frames]) for i in (1, 2)]
-    return save_grid(rows, ["xt", "x0 guess"], path)
+        frames = list(
+            trajectory(process, model, (1, *facts["shape"]), y, generator=generator, **settings(cfg))
+        )
+    shown = sorted({round(i) for i in torch.linspace(0, len(frames) - 1, 10).tolist()})
+    xt, x0 = (torch.cat([to_uint8(frames[i][part]) for i in shown]) for part in (1, 2))
+    return save_grid([xt, x0], ["xt", "x0 guess"], path)
 
 
-# -- what the script does -----------------------------------------------------------------------------------------------
+# -- what the script does --------------------------------------------------------------------------------
 
 
 def train(cfg: Config, device: torch.device) -> None:
@@ -176,21 +209,25 @@ def train(cfg: Config, device: torch.device) -> None:
     images = load_images(cfg.dataset, cfg.data_dir, cfg.image_size)
     facts, out = images.facts(), Path(cfg.out)
     process, model = build(cfg, facts, device)
-    run = Run(cfg, model, device, facts)
+    run = Run(cfg, model, device, facts, out, cfg.max_steps, cfg.batch_size)
     if run.main:
-        print(f"{cfg.dataset}: {len(images.x)} training and {len(images.x_test)} test images of {facts['shape']}, {len(images.names)} classes")
-        print(f"{cfg.denoiser}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; {device}, {run.world} process(es)", flush=True)
+        splits = f"{len(images.x)} training and {len(images.x_test)} test images"
+        print(f"{cfg.dataset}: {splits} of {facts['shape']}, {len(images.names)} classes")
+        size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
+        print(f"{cfg.denoiser}: {size}; {device}, {run.world} process(es)", flush=True)
     x, y = images.x.to(device), images.y.to(device)
     for step, batch in run.steps(len(x)):
+        x0, labels = metrics.scale(x[batch]), drop_condition(y[batch], cfg.label_drop)
         with autocast(device, cfg.precision):
-            loss = process.loss(run.model, metrics.scale(x[batch]), y[batch], cfg.label_drop)
+            loss = process.loss(run.model, x0, labels).mean()
         run.update(loss)
         if step % cfg.sample_every == 0 and run.main:
             with run.pause():
                 grid(cfg, process, run.ema, facts, device, out / "samples" / f"{step:06}.png")
     if run.main:
         files = [grid(cfg, process, run.ema, facts, device, out / "samples" / "grid.png")]
-        files += [film(cfg, process, run.ema, facts, device, out / "samples" / "film.png"), run.curve(), out / "log.csv", out / "last.pt"]
+        files += [film(cfg, process, run.ema, facts, device, out / "samples" / "film.png")]
+        files += [run.curve(), out / "log.csv", out / "last.pt"]
         print(f"trained {run.seconds:.0f} s; wrote " + ", ".join(map(str, files)))
         try:
             score(cfg, process, run.ema, images, device)
@@ -199,48 +236,61 @@ def train(cfg: Config, device: torch.device) -> None:
         print(f"sample again: python imagen.py --sample_from {shlex.quote(str(out / 'last.pt'))}")
 
 
-def score(cfg: Config, process: Diffusion, model, images: Images, device: torch.device) -> tuple[Tensor, metrics.Classifier]:
-    """Print the distances of score_n samples to the test split, and those of as many training images; return the samples and the classifier."""
+def score(cfg: Config, process: Diffusion, model, images: Images, device: torch.device):
+    """Print the distances of score_n samples to the test split, and those of as many training images.
+
+    Returns the samples and the classifier. Raises UserError where the data or score_n do not allow a score.
+    """
     if cfg.score_n < 10:
-        raise UserError(f"--score_n is {cfg.score_n}: give the number of samples to score, at least 10, better 500")
+        raise UserError(f"--score_n is {cfg.score_n}: give the number of samples, at least 10, better 500")
     net, accuracy = metrics.load_classifier(images, CACHE, device)
     order = torch.randperm(len(images.y), generator=torch.Generator().manual_seed(cfg.seed))[: cfg.score_n]
-    start = time.perf_counter()
-    y = images.y[order]
-    samples = sample(cfg, process, model, images.x.shape[1:], y, device)
-    how = f"{cfg.sampler}, {cfg.steps} steps, guidance {cfg.guidance:g}, seed {cfg.seed}, {time.perf_counter() - start:.1f} s"
-    print(f"score: n={len(samples)} against {len(images.x_test)} test images; {how}; features of a classifier with test accuracy {accuracy:.3f}")
+    y, start = images.y[order], time.perf_counter()
+    samples = draw(cfg, process, model, images.x.shape[1:], y, device)
+    took = f"{time.perf_counter() - start:.1f} s"
+    how = f"{cfg.sampler}, {cfg.steps} steps, guidance {cfg.guidance:g}, seed {cfg.seed}, {took}"
+    print(f"score: n={len(samples)} against {len(images.x_test)} test images; {how}")
+    print(f"  in the features of a classifier with test accuracy {accuracy:.3f}:")
     for name, row in metrics.score_images(samples, images, net, device, y).items():
-        print(f"  {name:8}" + "".join(f"  {key} {value:.4g}" for key, value in row.items()), flush=True)
+        values = "".join(f"  {key} {value:.4g}" for key, value in row.items())
+        print(f"  {name:8}{values}", flush=True)
     return samples, net
+
+
+def show_nearest(samples: Tensor, images: Images, net, device: torch.device, path: Path) -> Path:
+    """Twenty samples, and under each the training image that is nearest in the classifier's features."""
+    shown = [metrics.features(net, x, device) for x in (samples[:20], images.x, images.x_test)]
+    _, nearest = metrics.nearest_ratio(*shown)
+    rows = [samples[:10], images.x[nearest[:10]], samples[10:20], images.x[nearest[10:]]]
+    return save_grid(rows, ["sample", "nearest training image"] * 2, path)
 
 
 def main(cfg: Config) -> None:
     device = pick_device(cfg.device)
-    path = Path(cfg.sample_from or cfg.score_from)
     if not (cfg.sample_from or cfg.score_from):
-        return train(dataclasses.replace(cfg, out=cfg.out or f"out/{Path(cfg.dataset).resolve().name.lower()}"), device)
-    cfg = dataclasses.replace(cfg, out=cfg.out or str(path.parent))
+        return train(
+            dataclasses.replace(cfg, out=cfg.out.replace("{dataset}", run_name(cfg.dataset))), device
+        )
+    path = Path(cfg.sample_from or cfg.score_from)
     checkpoint = load_checkpoint(path, cfg.kind)
     facts = checkpoint["facts"]
     process, model = build(cfg, facts, device)
     load_weights(model, checkpoint["ema"], path)
     model.eval()
-    tag = f"{cfg.sampler}_{cfg.steps}_eta{cfg.eta:g}_guidance{cfg.guidance:g}_seed{cfg.seed}"
+    tag = f"{cfg.sampler}_{cfg.steps}_guidance{cfg.guidance:g}_seed{cfg.seed}"
+    folder = Path(cfg.out) / "samples"
     if cfg.sample_from:
-        for picture in (grid, film):
-            print("wrote", picture(cfg, process, model, facts, device, Path(cfg.out) / "samples" / f"{picture.__name__}_{tag}.png"))
+        print("wrote", grid(cfg, process, model, facts, device, folder / f"grid_{tag}.png"))
+        print("wrote", film(cfg, process, model, facts, device, folder / f"film_{tag}.png"))
         return
     images = load_images(cfg.dataset, cfg.data_dir, cfg.image_size)
     if images.facts() != facts:
         raise UserError(f"{path} was trained on {facts}, but --dataset {cfg.dataset} is {images.facts()}")
     samples, net = score(cfg, process, model, images, device)
-    shown = samples[:20]
-    _, nearest = metrics.nearest_ratio(metrics.features(net, shown, device), *(metrics.features(net, x, device) for x in (images.x, images.x_test)))
-    rows = [shown[:10], images.x[nearest[:10]], shown[10:], images.x[nearest[10:]]]
-    print("wrote", save_grid(rows, ["sample", "nearest training image"] * 2, Path(cfg.out) / "samples" / f"nearest_{tag}.png"))
+    print("wrote", show_nearest(samples, images, net, device, folder / f"nearest_{tag}.png"))
     try:
-        print(f"  Inception FID {metrics.inception_fid(samples, images.x_test):.2f} (n={len(samples)} against {len(images.x_test)})")
+        fid = metrics.inception_fid(samples, images.x_test)
+        print(f"  Inception FID {fid:.2f} (n={len(samples)} against {len(images.x_test)})")
     except UserError as error:
         print(f"  {error}")
 

@@ -1,9 +1,12 @@
-"""Scores. Images: distances, precision and recall in the features of a small classifier of the same data, and the usual FID. Texts: below.
+"""Numbers for samples of images, texts and chains of thought.
 
-A distance means nothing alone: it depends on the features and falls with n. So the value of real training images, at the same n,
-against the same test images is always printed beside it.
+Images: distances, precision and recall in the features of a small classifier of the same data, and the usual
+FID. A distance means nothing alone: it depends on the features and falls with n. So that of real training
+images, at the same n and against the same test images, is always printed beside it.
 """
+
 import hashlib
+import itertools
 import math
 import re
 from pathlib import Path
@@ -18,13 +21,20 @@ from training import UserError, reason, write_atomic
 
 
 class Classifier(nn.Module):
-    """Small convolutional classifier of (N, C, H, W) images in [-1, 1]; `features` (N, 64) are what the distances are taken in."""
+    """Small convolutional classifier of images (N, C, H, W) in [-1, 1]; distances are taken in `features` (N,
+    64)."""
 
     def __init__(self, channels: int, classes: int):
         super().__init__()
         layers = []
-        for c_in, c_out, side, stride in [(channels, 32, 5, 2), (32, 64, 3, 1), (64, 64, 3, 2), (64, 64, 3, 1)]:
-            layers += [nn.Conv2d(c_in, c_out, side, stride, padding=side // 2), nn.BatchNorm2d(c_out), nn.ReLU()]
+        for c_in, c_out, side, stride in [
+            (channels, 32, 5, 2),
+            (32, 64, 3, 1),
+            (64, 64, 3, 2),
+            (64, 64, 3, 1),
+        ]:
+            convolution = nn.Conv2d(c_in, c_out, side, stride, padding=side // 2)
+            layers += [convolution, nn.BatchNorm2d(c_out), nn.ReLU()]
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(64, classes)
 
@@ -40,44 +50,52 @@ def scale(x: Tensor) -> Tensor:
     return x.float() / 127.5 - 1
 
 
-def load_classifier(images: Images, cache: str, device: torch.device, steps: int = 800) -> tuple[Classifier, float]:
-    """The classifier of this data's training split and its accuracy on the test split; trained once (seed 0, random shifts of
-    up to 2 pixels), then read from the folder `cache`, where the data's checksum names it.
+def load_classifier(images: Images, cache: str, device: torch.device, steps=800) -> tuple[Classifier, float]:
+    """The classifier of this data's training split, and its accuracy on the test split.
 
-    Raises UserError where the data has fewer than two classes or ten test images.
+    It is trained once, with seed 0 and random shifts of up to 2 pixels, then read from the folder `cache`,
+    where the data's checksum names it. Raises UserError where the data has fewer than two classes or ten test
+    images.
     """
     if len(images.names) < 2 or len(images.x_test) < 10:
         got = f"{len(images.names)} classes and {len(images.x_test)} test images"
-        raise UserError(f"scores are taken in the features of a classifier: they need at least two classes (subfolders) and 10 test images, got {got}")
+        need = "at least two classes (subfolders) and 10 test images"
+        raise UserError(f"scores are taken in the features of a classifier, which needs {need}, got {got}")
     rng = torch.random.get_rng_state()  # the caller's draws stay as they would be without a score
     torch.manual_seed(0)
     net = Classifier(images.x.shape[1], len(images.names)).to(device)
-    version = hashlib.sha256(f"{net} {steps}".encode()).hexdigest()[:6]  # another network or training is another file
+    version = hashlib.sha256(f"{net} {steps}".encode()).hexdigest()[:6]  # another network is another file
     path = Path(cache) / f"{images.facts()['checksum']}_{version}.pt"
     if path.exists():
         try:
             net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         except Exception as error:  # torch raises a different type for each way in which a file can be broken
-            raise UserError(f"the cached classifier {path} is damaged ({reason(error)}); delete it, and it is trained again") from error
+            damage = f"the cached classifier {path} is damaged ({reason(error)})"
+            raise UserError(f"{damage}; delete it, and it is trained again") from error
     else:
-        x, y = scale(images.x).to(device), images.y.to(device)
-        opt = torch.optim.AdamW(net.parameters(), weight_decay=1e-2)
-        lr = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=5e-3, total_steps=steps)
-        for _ in range(steps):
-            batch = torch.randint(len(x), (128,)).to(device)
-            i, j = torch.randint(0, 5, (2,)).tolist()
-            H, W = x.shape[2:]
-            shifted = F.pad(x[batch], (2, 2, 2, 2), mode="replicate")[:, :, i : i + H, j : j + W]
-            F.cross_entropy(net(shifted), y[batch], label_smoothing=0.1).backward()
-            opt.step()
-            opt.zero_grad()
-            lr.step()
-        write_atomic(path, lambda f: torch.save(net.state_dict(), f))
+        train_classifier(net, images, device, steps)
+        write_atomic(path, lambda file: torch.save(net.state_dict(), file))
     torch.random.set_rng_state(rng)
     net.eval()
     with torch.no_grad():
-        guesses = torch.cat([net(scale(part).to(device)).argmax(1).cpu() for part in images.x_test.split(500)])
-    return net, (guesses == images.y_test).float().mean().item()
+        logits = torch.cat([net(scale(part).to(device)).cpu() for part in images.x_test.split(500)])
+    return net, (logits.argmax(1) == images.y_test).float().mean().item()
+
+
+def train_classifier(net: Classifier, images: Images, device: torch.device, steps: int) -> None:
+    x, y = images.x.to(device), images.y.to(device)
+    opt = torch.optim.AdamW(net.parameters(), weight_decay=1e-2)
+    lr = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=5e-3, total_steps=steps)
+    H, W = x.shape[2:]
+    for _ in range(steps):
+        batch = torch.randint(len(x), (128,)).to(device)
+        i, j = torch.randint(0, 5, (2,)).tolist()
+        padded = F.pad(scale(x[batch]), (2, 2, 2, 2), mode="replicate")
+        logits = net(padded[:, :, i : i + H, j : j + W])
+        F.cross_entropy(logits, y[batch], label_smoothing=0.1).backward()
+        opt.step()
+        opt.zero_grad()
+        lr.step()
 
 
 @torch.no_grad()
@@ -87,54 +105,64 @@ def features(net: Classifier, x: Tensor, device: torch.device) -> np.ndarray:
 
 
 def frechet_distance(f: np.ndarray, g: np.ndarray) -> float:
-    """Squared Frechet distance of the Gaussians fitted to features f (N, d) and g (M, d). Heusel et al. 1706.08500 eq. 6."""
+    """Squared Fréchet distance of the Gaussians fitted to f (N, d) and g (M, d). FID 1706.08500 eq. 6."""
     s, r = np.cov(f, rowvar=False), np.cov(g, rowvar=False)
     trace_sqrt = np.sqrt(np.linalg.eigvals(s @ r).real.clip(min=0)).sum()  # trace of (s r)^(1/2)
     return float(((f.mean(0) - g.mean(0)) ** 2).sum() + np.trace(s) + np.trace(r) - 2 * trace_sqrt)
 
 
 def kernel_distance(f: np.ndarray, g: np.ndarray) -> float:
-    """KID: unbiased squared MMD of features f (N, d) and g (M, d) under the kernel (x.y / d + 1)^3. Binkowski et al. 1801.01401."""
-    k = lambda a, b: (a @ b.T / a.shape[1] + 1) ** 3
+    """KID: unbiased squared MMD of features f (N, d), g (M, d) under (x.y / d + 1)^3. KID 1801.01401."""
+    from sklearn.metrics.pairwise import polynomial_kernel  # whose defaults are that kernel
 
     def within(a):
-        kaa = k(a, a)
-        return (kaa.sum() - np.trace(kaa)) / (len(a) * (len(a) - 1))
+        k = polynomial_kernel(a)
+        return (k.sum() - np.trace(k)) / (len(a) * (len(a) - 1))
 
-    return float(within(f) + within(g) - 2 * k(f, g).mean())
+    return float(within(f) + within(g) - 2 * polynomial_kernel(f, g).mean())
 
 
 def precision_recall(f: np.ndarray, g: np.ndarray, k: int = 3) -> tuple[float, float]:
-    """Share of features f (N, d) inside the k-nearest-neighbour balls of real g (M, d), and of g inside those of f. 1904.06991 eq. 1-2."""
-    from scipy.spatial.distance import cdist
+    """Share of features f (N, d) inside the k-nearest-neighbour balls of real features g (M, d), and of g
+    inside those of f. Improved precision and recall 1904.06991 eq. 1 and 2."""
+    from sklearn.metrics import pairwise_distances_chunked
+    from sklearn.neighbors import NearestNeighbors
 
-    covered = lambda a, b: float((cdist(a, b) <= np.partition(cdist(b, b), k, axis=1)[:, k]).any(axis=1).mean())
+    def covered(a, b):
+        radius = (
+            NearestNeighbors(n_neighbors=k + 1).fit(b).kneighbors(b)[0][:, k]
+        )  # the 0th is the point itself
+        inside = pairwise_distances_chunked(a, b, reduce_func=lambda part, _: (part <= radius).any(axis=1))
+        return float(np.concatenate(list(inside)).mean())
+
     return covered(f, g), covered(g, f)
 
 
 def nearest_ratio(f: np.ndarray, train: np.ndarray, test: np.ndarray) -> tuple[float, np.ndarray]:
-    """Median distance of f (N, d) to its nearest training features, over that of as many test features; and their indices (N,).
+    """Median distance of f (N, d) to its nearest training features, over that of as many test features; and
+    the indices (N,) of those nearest. About 1: as far as unseen real images are; near 0: copies."""
+    from sklearn.neighbors import NearestNeighbors
 
-    About 1: as far from the training set as unseen real images are; near 0: copies.
-    """
-    from scipy.spatial.distance import cdist
-
-    to_train = cdist(f, train)
-    return float(np.median(to_train.min(1)) / np.median(cdist(test[: len(f)], train).min(1))), to_train.argmin(1)
+    search = NearestNeighbors(n_neighbors=1).fit(train)
+    distance, nearest = search.kneighbors(f)
+    return float(np.median(distance) / np.median(search.kneighbors(test[: len(f)])[0])), nearest[:, 0]
 
 
-def score_images(samples: Tensor, images: Images, net: Classifier, device: torch.device, y: Tensor | None = None) -> dict[str, dict[str, float]]:
-    """Rows "samples" and "real" (as many training images): distances to the test split FD and KID (times 1000), precision, recall;
-    for the samples also nearest (see nearest_ratio) and, where their labels y (n,) are given, the share that the classifier reads so.
-
-    samples: (n, C, H, W) uint8, n at most the number of training images.
+def score_images(
+    samples: Tensor, images: Images, net: Classifier, device: torch.device, y=None
+) -> dict[str, dict]:
+    """Rows "samples" and "real" (as many training images): FD and KID (times 1000) to the test split,
+    precision and recall; for the samples also nearest (see nearest_ratio) and, where their labels y (n,) are
+    given, the share that the classifier reads so. samples: (n, C, H, W) uint8, n at most the number of
+    training images.
     """
     train, test = features(net, images.x, device), features(net, images.x_test, device)
     pick = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[: len(samples)].numpy()
     f, rows = features(net, samples, device), {}
     for name, g in [("samples", f), ("real", train[pick])]:
         precision, recall = precision_recall(g, test)
-        rows[name] = dict(FD=frechet_distance(g, test), KIDx1000=kernel_distance(g, test) * 1000, precision=precision, recall=recall)
+        distances = dict(FD=frechet_distance(g, test), KIDx1000=kernel_distance(g, test) * 1000)
+        rows[name] = distances | dict(precision=precision, recall=recall)
     rows["samples"]["nearest"] = nearest_ratio(f, train, test)[0]
     if y is not None:
         weight, bias = (p.detach().cpu().double().numpy() for p in (net.head.weight, net.head.bias))
@@ -145,21 +173,23 @@ def score_images(samples: Tensor, images: Images, net: Classifier, device: torch
 def inception_fid(samples: Tensor, real: Tensor) -> float:
     """The usual FID of uint8 images (N, C, H, W) in Inception-v3's 2048 features, by torchmetrics.
 
-    Raises UserError where the library is not installed, or its weights are not on disk and cannot be downloaded.
+    Raises UserError where the library is not installed, or its weights are not on disk and cannot be
+    downloaded.
     """
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
 
         fid = FrechetInceptionDistance(feature=2048)
     except Exception as error:  # ModuleNotFoundError, or whatever the download raises
-        raise UserError(f"Inception FID is not to be had: {reason(error)}. It needs requirements-dev.txt and one download of the weights") from error
+        needs = "it needs requirements-dev.txt and one download of the weights"
+        raise UserError(f"no Inception FID ({reason(error)}): {needs}") from error
     for x, is_real in [(real, True), (samples, False)]:
         for part in x.split(100):
             fid.update(part.expand(-1, 3, -1, -1) if part.shape[1] == 1 else part, real=is_real)
     return fid.compute().item()
 
 
-# -- texts --------------------------------------------------------------------------------------------------------------
+# -- texts -----------------------------------------------------------------------------------------------
 
 
 def bleu(texts: list[str], references: list[str]) -> float:
@@ -169,95 +199,117 @@ def bleu(texts: list[str], references: list[str]) -> float:
     return sacrebleu.corpus_bleu(texts, [references]).score
 
 
+def self_bleu(texts: list[str]) -> float:
+    """Mean BLEU of each text against all others; NaN for a single one."""
+    import sacrebleu
+
+    others = [texts[:i] + texts[i + 1 :] for i in range(len(texts))] if len(texts) > 1 else []
+    scores = [sacrebleu.sentence_bleu(a, b).score for a, b in zip(texts, others, strict=False)]
+    return float(np.mean(scores)) if scores else math.nan
+
+
 def aubleu(points: list[tuple[float, float]]) -> float:
     """Area under BLEU over alpha_bar, for (alpha_bar, BLEU) points: trapezoids, as PLANNER's code has it."""
-    a, b = np.array(sorted(points)).T
-    return float(np.trapezoid(b, a))
+    alpha_bar, values = np.array(sorted(points)).T
+    return float(np.trapezoid(values, alpha_bar))
 
 
 def ngrams(text: str, n: int) -> list[tuple]:
+    """The n-grams of the words of a text."""
     words = text.split()
-    return list(zip(*(words[i:] for i in range(n))))
+    return list(zip(*(words[i:] for i in range(n)), strict=False))
 
 
-def score_texts(texts: list[str], train: list[str], references: int = 50) -> dict[str, float]:
-    """What texts are like, without a reference: dist-n, the share of different n-grams among all; entropy of the words in nats; rep-4, the share
-    of 4-grams that a text has said before (mean over texts); self-BLEU of the first `references` texts against each other; nearest, the mean
-    cosine of each text to its nearest training text (TF-IDF of words and pairs); words a text.
+def score_texts(texts: list[str], train: list[str]) -> dict[str, float]:
+    """What texts are like, without a reference.
+
+    dist1, dist2: the share of different n-grams among all. entropy: of the words, in nats. rep4: the share of
+    4-grams that a text has said before, mean over texts. selfBLEU: of the first 50. nearest: mean cosine of
+    each text to its nearest training text (TF-IDF of words and pairs). words: of a text.
     """
-    import sacrebleu
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    grams = {n: [g for t in texts for g in ngrams(t, n)] for n in (1, 2)}
-    counts = np.unique([g[0] for g in grams[1]] or [""], return_counts=True)[1]
-    share = counts / counts.sum()
-    rep = [1 - len(set(g)) / len(g) for g in (ngrams(t, 4) for t in texts) if g]
-    few = texts[:references]
-    selfs = [sacrebleu.sentence_bleu(t, few[:i] + few[i + 1 :]).score for i, t in enumerate(few)] if len(few) > 1 else [math.nan]
+    one, two = (list(itertools.chain.from_iterable(ngrams(text, n) for text in texts)) for n in (1, 2))
+    p = np.unique([word for (word,) in one], return_counts=True)[1] / max(1, len(one))
+    fours = [grams for grams in (ngrams(text, 4) for text in texts) if grams]
+    repeated = [1 - len(set(grams)) / len(grams) for grams in fours]
     vectors = TfidfVectorizer(ngram_range=(1, 2)).fit(train)
-    nearest = (vectors.transform(texts) @ vectors.transform(train).T).max(axis=1).toarray().mean()
-    dist = {f"dist{n}": len(set(grams[n])) / max(1, len(grams[n])) for n in (1, 2)}
-    return dist | dict(entropy=float(-(share * np.log(share)).sum()), rep4=float(np.mean(rep)) if rep else math.nan, selfBLEU=float(np.mean(selfs)),
-                       nearest=float(nearest), words=len(grams[1]) / len(texts))
-
-
-def gpt2_perplexity(device: torch.device, name: str = "gpt2"):
-    """A function from texts to their perplexity under a pretrained GPT-2 (hub name or folder): exp of the mean nats of all tokens but each text's
-    first; texts are cut at 512 tokens. Raises UserError where the weights are not on disk and cannot be downloaded.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name).to(device).eval()
-    except Exception as error:  # no network, no such name, a damaged folder
-        raise UserError(f"{name} is not on disk and could not be downloaded ({reason(error)})") from error
-
-    @torch.no_grad()
-    def perplexity(texts: list[str]) -> float:
-        nats, n = 0.0, 0
-        for text in texts:
-            ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=512).input_ids.to(device)
-            if ids.shape[1] > 1:
-                nats += F.cross_entropy(model(ids).logits[0, :-1].float(), ids[0, 1:], reduction="sum").item()
-                n += ids.shape[1] - 1
-        return math.exp(nats / n) if n else math.nan
-
-    return perplexity
+    cosine = (vectors.transform(texts) @ vectors.transform(train).T).max(axis=1).toarray()
+    return dict(
+        dist1=len(set(one)) / max(1, len(one)),
+        dist2=len(set(two)) / max(1, len(two)),
+        entropy=float((p * np.log(1 / p)).sum()),
+        rep4=float(np.mean(repeated)) if repeated else math.nan,
+        selfBLEU=self_bleu(texts[:50]),
+        nearest=float(cosine.mean()),
+        words=len(one) / len(texts),
+    )
 
 
 def text_classifier(x: list[str], y: list[int], x_test: list[str], y_test: list[int]):
-    """A function from texts to labels (logistic regression on TF-IDF of words and pairs, fitted to x, y), and its accuracy on x_test. y: two classes or more."""
+    """A function from texts to labels, fitted to x and y (two classes or more), and its accuracy on x_test.
+
+    It is a logistic regression on TF-IDF of words and pairs.
+    """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
-    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True), LogisticRegression(C=10, max_iter=1000)).fit(x, y)
-    return lambda texts: model.predict(texts).tolist(), float(model.score(x_test, y_test))
+    vectors = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+    model = make_pipeline(vectors, LogisticRegression(C=10, max_iter=1000)).fit(x, y)
+    return model.predict, float(model.score(x_test, y_test))
 
 
-# -- answers ------------------------------------------------------------------------------------------------------------
+def agreement(a: list, b: list) -> float:
+    """The share of places at which two lists of equal length agree."""
+    return sum(x == y for x, y in zip(a, b, strict=True)) / len(b)
+
+
+# -- answers ---------------------------------------------------------------------------------------------
 
 
 def answer_of(chain: list[str]) -> str | None:
-    """The answer of a chain: what follows "####" in its last thought, without spaces and commas; None where there is none."""
+    """What follows "####" in a chain's last thought, without spaces and commas; None where nothing does."""
     found = re.fullmatch(r"####(.*)", chain[-1].strip(), re.S) if chain else None
     return (re.sub(r"[\s,]", "", found[1]) or None) if found else None
 
 
 def majority(answers: list[str | None]) -> str | None:
-    """The answer given most often, the earliest of equals; None only where none was given. Self-consistency, 2203.11171."""
+    """The answer given most often, the earliest of equals; None for none. Self-consistency 2203.11171."""
     given = [answer for answer in answers if answer is not None]
     return max(given, key=given.count) if given else None
 
 
-def score_chains(chains: list[list[str]], truth: list[list[str]]) -> dict:
-    """Shares of chains with the right answer, with every thought right, and without an answer; and for each place the share of right thoughts there.
+def is_right(answer: str | None, question: str, truth: list[str], check=None) -> bool:
+    """Whether an answer passes check(question, answer); without a check, whether it is the true chain's."""
+    if answer is None:
+        return False
+    try:
+        return check(question, answer) if check else answer == answer_of(truth)
+    except ValueError:  # the check cannot read it
+        return False
 
-    Thoughts are compared without spaces; one that is missing, or malformed, is wrong.
+
+def without_spaces(chains: list[list[str]]) -> list[list[str]]:
+    return [["".join(thought.split()) for thought in chain] for chain in chains]
+
+
+def score_chains(chains: list[list[str]], questions: list[str], truth: list[list[str]], check=None) -> dict:
+    """Shares of chains whose "answer" is right, that are the true "chain", and that are "unended" (without an
+    answer); and for each place the share of right "thoughts" there.
+
+    Thoughts are compared without spaces; one that is missing is wrong. check: as in `is_right`.
     """
-    bare = lambda thought: "".join(thought.split())
-    same = lambda a, b: len(a) == len(b) and all(bare(x) == bare(y) for x, y in zip(a, b))
-    at = [[i < len(a) and bare(a[i]) == bare(b[i]) for a, b in zip(chains, truth) if i < len(b)] for i in range(max(map(len, truth)))]
-    mean = lambda values: sum(values) / len(values)
-    return dict(answer=mean([answer_of(a) is not None and answer_of(a) == answer_of(b) for a, b in zip(chains, truth)]),
-                chain=mean([same(a, b) for a, b in zip(chains, truth)]), unended=mean([answer_of(a) is None for a in chains]), thoughts=list(map(mean, at)))
+    bare, true = without_spaces(chains), without_spaces(truth)
+    answers = list(map(answer_of, chains))
+    right = [is_right(*row, check) for row in zip(answers, questions, truth, strict=True)]
+    thoughts = []
+    for i in range(max(map(len, true))):
+        have = [a[i : i + 1] == b[i : i + 1] for a, b in zip(bare, true, strict=True) if i < len(b)]
+        thoughts.append(sum(have) / len(have))
+    return dict(
+        answer=sum(right) / len(chains),
+        chain=agreement(bare, true),
+        unended=answers.count(None) / len(chains),
+        thoughts=thoughts,
+    )

@@ -1,8 +1,10 @@
-"""What every training loop needs once: device, precision, DDP, seeds, EMA, checkpoints, log and curve, and the way a script exits.
+"""What every training loop needs once: device, precision, processes, seeds, EMA, checkpoints, log, and a
+script's end.
 
-Every random draw of a training step is a function of (seed, step, rank), so a run that was killed at any moment and resumed
-ends with the same bits as one that was not (on one device, CPU).
+Every random draw of a training step is a function of (seed, step, rank), so a run that was killed at any
+moment and resumed ends with the same bits as one that was not (on one device, CPU).
 """
+
 import argparse
 import csv
 import functools
@@ -25,43 +27,41 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+# What a run may change when it is resumed, and a checkpoint when it is sampled from: every field of a Config
+# that says nothing of what its weights have learned. All other fields are fixed, also one that is added
+# tomorrow.
+FREE = frozenset(
+    "out device data_dir precision max_steps vae_steps diffusion_steps lr warmup ema_decay log_every "
+    "sample_every save_every resume sample_from score_from sampler order steps guidance temperature top_p "
+    "votes prompt score_n".split()
+)
+OF_THE_DATA = frozenset("seed batch_size dataset".split())  # free too where nothing is trained
+
 
 class UserError(Exception):
-    """A mistake that the user can mend: what was got, what is wanted, what to do. `run_script` prints it and exits with status 2."""
+    """A mistake that the user can mend: what was got, what is wanted, what to do; the exit status is 2."""
 
 
-OF_THE_RUN = ("seed", "batch_size", "dataset")  # fixed while a run is resumed, though they say nothing of what its weights mean
+def reason(error: Exception) -> str:
+    """The first line of what a library raised."""
+    return (str(error) or type(error).__name__).splitlines()[0][:150]
 
 
 def need(cfg, names: str, low: float, high: float = math.inf) -> None:
-    """Raise ValueError where one of the fields of cfg that `names` lists, with spaces between, is not in [low, high]."""
+    """Raise ValueError where one of cfg's fields in `names`, with spaces between, is not in [low, high]."""
     for name in names.split():
         if not low <= getattr(cfg, name) <= high:
             raise ValueError(f"{name} must be in [{low}, {high}], got {getattr(cfg, name)}")
 
 
-def run_script(config_class, main, doc: str) -> None:
-    """Read the configuration from the command line and call main(cfg); a UserError is one message and exit status 2.
+# -- a script: from the command line to the exit status ---------------------------------------------------
 
-    With --sample_from or --score_from, where a script has them, the defaults are those of the checkpoint, so that flags override only what they name.
-    """
-    parse, flags = functools.partial(tyro.cli, config_class, description=doc, use_underscores=True), argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("sample_from", "score_from"):
-        flags.add_argument(f"--{name}", f"--{name.replace('_', '-')}", default="", nargs="?")
+
+def run_script(config_class, main, doc: str) -> None:
+    """Read the configuration from the command line and call main(cfg); a UserError is one message and status
+    2."""
     try:
-        given = flags.parse_known_args()[0]
-        path = (given.sample_from or given.score_from) if hasattr(config_class, "sample_from") else ""
-        if path and "--help" not in sys.argv:
-            saved = load_checkpoint(path, config_class.kind)["config"]
-            try:
-                default = config_class(**saved | dict(out="", device=config_class.device, resume=False))
-            except (TypeError, ValueError) as error:
-                raise UserError(f"{path} has a configuration of another version of this script: {error}") from error
-            cfg = parse(default=default)
-            same_settings(cfg, saved, path, "leave the flag out", but=OF_THE_RUN)
-        else:
-            cfg = parse()
-        main(cfg)
+        main(read_config(config_class, doc))
     except (UserError, OSError) as error:  # an OSError names the file
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -69,10 +69,50 @@ def run_script(config_class, main, doc: str) -> None:
         leave()
 
 
+def read_config(config_class, doc: str):
+    """The configuration of the command line.
+
+    Its defaults are those of the dataclass, then what `config_class.recipe`, if any, returns for the data
+    set; or, with --sample_from or --score_from, those of the checkpoint. Flags override what they name.
+    """
+    names = [name for name in ("sample_from", "score_from", "dataset", "size") if hasattr(config_class, name)]
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in names:
+        flags.add_argument(
+            f"--{name}", f"--{name.replace('_', '-')}", default=getattr(config_class, name), nargs="?"
+        )
+    given = flags.parse_known_args()[0]
+    parse = functools.partial(tyro.cli, config_class, description=doc, use_underscores=True)
+    path = "sample_from" in names and (given.sample_from or given.score_from)
+    if not path or "--help" in sys.argv:
+        recipe = config_class.recipe(given) if hasattr(config_class, "recipe") else {}
+        return parse(default=config_class(**recipe))
+    saved = load_checkpoint(path, config_class.kind)["config"]
+    fresh = dict(
+        out=str(Path(path).parent),
+        device=config_class.device,
+        resume=False,
+        sample_from=None,
+        score_from=None,
+    )
+    try:
+        default = config_class(**saved | fresh)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} has a configuration of another version of this script: {error}") from error
+    cfg = parse(default=default)
+    same_settings(cfg, saved, path, "leave the flag out", FREE | OF_THE_DATA)
+    return cfg
+
+
+def run_name(dataset: str) -> str:
+    """The name of a data set's run: its own, or that of its file or folder."""
+    return Path(dataset).resolve().stem.lower()
+
+
 def leave() -> None:
     """Leave the process group of torchrun, if any."""
     if dist.is_initialized():
-        gc.collect()  # DDP's reference cycles would keep gloo's threads until the interpreter's end, which then aborts now and then
+        gc.collect()  # DDP's reference cycles would keep gloo's threads alive: at exit it aborts now and then
         dist.destroy_process_group()
 
 
@@ -92,17 +132,16 @@ def wait() -> None:
         dist.barrier()
 
 
-def reason(error: Exception) -> str:
-    """The first line of what a library raised."""
-    return (str(error) or type(error).__name__).splitlines()[0][:150]
+# -- device, precision, seeds ----------------------------------------------------------------------------
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is cuda where there is one, else mps, else cpu. Raises UserError for one that is not there."""
+    """The device called `name`; "auto" is cuda where there is one, else mps, else cpu. Raises UserError."""
     have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(d for d in have if have[d]) if name == "auto" else name
-    if not have[name]:
-        raise UserError(f"--device {name} is not available here; choose one of {', '.join(d for d in have if have[d])}, or auto")
+    here = [device for device, there in have.items() if there]
+    name = here[0] if name == "auto" else name
+    if name not in here:
+        raise UserError(f"--device {name} is not available here; choose one of {', '.join(here)}, or auto")
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
 
 
@@ -114,8 +153,10 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def autocast(device: torch.device, precision: str):
-    """Context in which matrix products and convolutions run in bf16 ("bf16", or "auto" where the hardware has it) or float32 ("fp32")."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16" or precision == "auto" and has_bf16(device))
+    """Context in which matrix products and convolutions run in bf16 ("bf16", or "auto" where there is
+    hardware for it) or float32 ("fp32")."""
+    bf16 = precision == "bf16" or precision == "auto" and has_bf16(device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
 def seed_step(seed: int, step: int, rank: int = 0) -> None:
@@ -124,7 +165,8 @@ def seed_step(seed: int, step: int, rank: int = 0) -> None:
 
 
 def batch_indices(n: int, batch_size: int, seed: int, step: int) -> Tensor:
-    """Indices (batch_size,) of step 1, 2, ...: one seeded permutation of 0..n-1 after the other, cut into batches."""
+    """Indices (batch_size,) of step 1, 2, ...: one seeded permutation of 0..n-1 after the other, cut in
+    batches."""
     start = (step - 1) * batch_size
     epochs = range(start // n, (start + batch_size - 1) // n + 1)
     return torch.cat([permutation(n, seed, epoch) for epoch in epochs])[start - epochs[0] * n :][:batch_size]
@@ -135,11 +177,12 @@ def permutation(n: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(hash((seed, epoch)) % 2**63))
 
 
-# -- checkpoints --------------------------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------------
 
 
 def write_atomic(path: Path, write) -> None:
-    """Call write(file) on a temporary file beside `path`, flush it to disk and rename it: a reader sees the old file or the new one."""
+    """Call write(file) on a temporary file beside `path`, flush it to disk and rename it: a reader sees the
+    old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -152,43 +195,65 @@ def write_atomic(path: Path, write) -> None:
         tmp.unlink(missing_ok=True)
 
 
+def write_lines(path: Path, lines: list[str]) -> None:
+    write_atomic(path, lambda file: file.write("\n".join([*lines, ""]).encode()))
+
+
 def load_checkpoint(path, kind: str) -> dict:
-    """The checkpoint of script `kind` at `path`, on the CPU. Raises UserError where it is missing, damaged, unsafe or of another script."""
+    """The checkpoint of script `kind` at `path`, on the CPU. Raises UserError where it is missing, damaged,
+    unsafe or of another script."""
     if not Path(path).is_file():
         raise UserError(f"no checkpoint at {path}; a training run writes out/NAME/last.pt")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # plain types only: a hostile file can run nothing
+        # Tensors and plain types only: a hostile file can run nothing.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a different type for each way in which a file can be broken
-        raise UserError(f"{path} is not a checkpoint that can be loaded safely (truncated, or holding code?): {reason(error)}") from error
+        cause = f"truncated, or holding code?): {reason(error)}"
+        raise UserError(f"{path} is not a checkpoint that can be loaded safely ({cause}") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("kind") != kind:
-        raise UserError(f"{path} is not a checkpoint of {kind}.py; give one that {kind}.py has written (out/NAME/last.pt)")
-    if missing := {"config", "facts", "step", "model", "ema", "opt"} - checkpoint.keys():
-        raise UserError(f"{path} lacks {', '.join(sorted(missing))}: it was not written whole by {kind}.py; train again, or take another")
+        raise UserError(
+            f"{path} is not a checkpoint of {kind}.py; give one that it has written (out/NAME/last.pt)"
+        )
+    if missing := {"config", "facts", "step", "seconds", "model", "ema", "opt", "extra"} - checkpoint.keys():
+        lacks = ", ".join(sorted(missing))
+        raise UserError(
+            f"{path} lacks {lacks}: it was not written whole by {kind}.py; train again, or take another"
+        )
     return checkpoint
 
 
-def same_settings(cfg, saved: dict, path, way_out: str, but: tuple = ()) -> None:
-    """Raise UserError where a field of cfg.fixed, but for those in `but`, is not as the checkpoint at `path` saved it."""
-    for name in cfg.fixed:
-        if name not in but and getattr(cfg, name) != saved.get(name):
-            raise UserError(f"--{name} {getattr(cfg, name)}, but {path} was trained with {saved.get(name)}: {way_out}")
+def load_weights(model: nn.Module, weights: dict, path) -> None:
+    """Load `weights` of the checkpoint at `path`. Raises UserError where they are another model's."""
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError) as error:
+        detail = " ".join(str(error).split())[:250]
+        raise UserError(f"{path} holds the weights of another model: {detail}") from error
 
 
-def finished(cfg) -> bool:
-    """Whether cfg.out holds a checkpoint that needs no more training. Raises UserError where that has other settings than cfg in what cfg.fixed names."""
-    path = Path(cfg.out) / "last.pt"
+def same_settings(cfg, saved: dict, path, way_out: str, free=FREE) -> None:
+    """Raise UserError where a field of cfg outside `free` is not as the checkpoint at `path` saved it."""
+    for name, value in asdict(cfg).items():
+        if name not in free and value != saved.get(name):
+            raise UserError(f"--{name} {value}, but {path} was trained with {saved.get(name)}: {way_out}")
+
+
+def finished(cfg, out, max_steps: int, free=FREE) -> bool:
+    """Whether folder `out` holds a checkpoint that needs no more training. Raises UserError for other
+    settings."""
+    path = Path(out) / "last.pt"
     if not path.exists():
         return False
     checkpoint = load_checkpoint(path, cfg.kind)
-    same_settings(cfg, checkpoint["config"], path, "keep it, or choose another --out")
-    return checkpoint["step"] >= cfg.max_steps or 0 < getattr(cfg, "seconds", 0) <= checkpoint["seconds"]
+    same_settings(cfg, checkpoint["config"], path, "keep it, or choose another --out", free)
+    return checkpoint["step"] >= max_steps
 
 
-def show(out: Path, name: str, lines: list[str]) -> Path:
+def show(out, name: str, lines: list[str]) -> Path:
     """Print the lines and write them to samples/NAME.txt."""
-    path = out / "samples" / f"{name}.txt"
+    path = Path(out) / "samples" / f"{name}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join([*lines, ""]))
+    path.write_text("\n".join([*lines, ""]), encoding="utf-8")
     print(f"\n-- {name} --", *lines, sep="\n", flush=True)
     return path
 
@@ -203,107 +268,95 @@ def figure(path: Path, size: tuple[float, float]):
 
     fig, ax = plt.subplots(figsize=size, layout="constrained")
     yield fig, ax
+    path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=120)
     plt.close(fig)
 
 
-def load_weights(model: nn.Module, weights: dict, path) -> None:
-    """Load `weights` of the checkpoint at `path`. Raises UserError where they are another model's."""
-    try:
-        model.load_state_dict(weights)
-    except (RuntimeError, TypeError) as error:
-        detail = " ".join(str(error).split())[:250]
-        raise UserError(f"{path} holds the weights of another model: {detail}") from error
+# -- the loop --------------------------------------------------------------------------------------------
 
 
 def ema_ramp(step: int, limit: float) -> float:
-    """The EMA's decay at step 1, 2, ...: it grows to `limit`, so that a short run forgets its first weights."""
+    """The EMA's decay at step 1, 2, ...: it grows to `limit`: a short run must forget its first weights."""
     return min(limit, (1 + step) / (10 + step))
 
 
-# -- the loop -----------------------------------------------------------------------------------------------------------
-
-
 class Run:
-    """One training run in its folder cfg.out: `for step, batch in run.steps(n): run.update(loss of run.model on batch)`.
+    """One training run in its folder: `for step, batch in run.steps(n): run.update(loss of run.model on
+    batch)`.
 
-    cfg: a script's Config with out, seed, device, precision, compile, max_steps, batch_size, lr, warmup, ema_decay, log_every,
-    save_every and resume, and the class constants kind (the script's name) and fixed (fields that a resumed run may not change). facts: what the
-    data says and sampling needs (plain types); a resumed run must agree with it. extra: tensors that sampling needs, kept in the
-    checkpoint as they are (a frozen network). run.model is the network to train, run.ema the averaged one to sample from.
-    Raises UserError where the folder holds a run already and cfg.resume is off, or where the two do not fit.
+    cfg: a script's Config, of which seed, precision, lr, warmup, ema_decay, log_every, save_every and resume
+    are read here. facts: what the data says and sampling needs, in plain types; a resumed run must agree with
+    it. extra: tensors that sampling needs, kept in the checkpoint as they are (a frozen network). free: the
+    fields that a resumed run may change. run.model is the network to train, run.ema the averaged one to
+    sample from. Raises UserError where the folder holds a run already and cfg.resume is off, or where the two
+    do not fit.
     """
 
-    def __init__(self, cfg, model: nn.Module, device: torch.device, facts: dict, extra: dict | None = None):
-        self.cfg, self.kind, self.device, self.facts, self.extra = cfg, cfg.kind, device, facts, extra or {}
-        self.out, self.step, self.seconds, self.losses = Path(cfg.out), 0, 0.0, []
-        self.rank, self.world = int(os.environ.get("RANK", 0)), world_size()
-        if cfg.batch_size % self.world:
-            raise UserError(f"--batch_size {cfg.batch_size} must be divisible by the {self.world} processes of torchrun")
+    def __init__(
+        self, cfg, model, device, facts: dict, out, max_steps: int, batch_size: int, extra=None, free=FREE
+    ):
+        self.cfg, self.facts, self.extra = cfg, facts, extra or {}
+        self.device, self.out, self.max_steps, self.batch_size = device, Path(out), max_steps, batch_size
+        self.step, self.seconds, self.losses = 0, 0.0, []
+        self.main, self.rank, self.world = is_main(), int(os.environ.get("RANK", 0)), world_size()
+        if batch_size % self.world:
+            raise UserError(
+                f"a batch of {batch_size} must be divisible by the {self.world} processes of torchrun"
+            )
         self.net = model.to(device)
         self.ema = AveragedModel(self.net, multi_avg_fn=self._average).eval()
-        self.opt = torch.optim.AdamW(self.net.parameters(), lr=cfg.lr, weight_decay=0.0, fused=device.type != "mps")
+        fused = device.type != "mps"
+        self.opt = torch.optim.AdamW(self.net.parameters(), lr=cfg.lr, weight_decay=0.0, fused=fused)
         path = self.out / "last.pt"
-        if path.exists() and not cfg.resume:
-            raise UserError(f"{path} exists already: add --resume to go on with that run, or choose another folder with --out")
         self.resumed = path.exists()
+        if self.resumed and not cfg.resume:
+            raise UserError(f"{path} exists already: add --resume to go on with it, or choose another --out")
         if self.resumed:
-            self._load(path)
+            self._load(path, free)
         elif cfg.resume and self.main:
             print(f"nothing to resume: there is no {path}; starting from step 0")
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if cfg.compile:
-            self.net.compile()  # in place: names in the checkpoint stay plain
         ids = [device.index] if device.type == "cuda" else None
         self.model = DistributedDataParallel(self.net, device_ids=ids) if self.world > 1 else self.net
 
-    @property
-    def main(self) -> bool:
-        return is_main()
-
     def steps(self, n: int, seconds: float = math.inf):
-        """Yield (step, indices of this process's part of the batch) for n samples, until max_steps, or the first line of the log after so
-        many training seconds; log, save and stop at signals in between."""
-        cfg, local, signals = self.cfg, self.cfg.batch_size // self.world, []
+        """Yield (step, indices of this process's part of the batch) for n samples, until max_steps, or the
+        first line of the log after so many training seconds; log, save and stop at signals in between."""
+        signals, bar = [], None
 
         def on_signal(number, _):
             signals.append(number)
             signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
 
-        before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        if self.main:
-            self.out.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.out / "config.json", lambda f: f.write(json.dumps(asdict(cfg), indent=2).encode()))
-            self._trim_log()
-        bar = tqdm(total=cfg.max_steps, initial=self.step, unit="step", disable=not (self.main and sys.stderr.isatty()), dynamic_ncols=True)
-        self.logged = (self.step, time.perf_counter())
+        before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            while self.step < cfg.max_steps and (self.seconds < seconds or not self.step):
+            bar = self._begin()
+            while self.step < self.max_steps and (self.seconds < seconds or self.step == 0):
                 self.step += 1
-                part = slice(self.rank * local, (self.rank + 1) * local)
-                indices = batch_indices(n, cfg.batch_size, cfg.seed, self.step)[part].to(self.device)
-                seed_step(cfg.seed, self.step, self.rank)
-                yield self.step, indices
+                seed_step(self.cfg.seed, self.step, self.rank)
+                yield self.step, self._batch(n)
                 bar.update()
-                last, stop = self.step == cfg.max_steps, 0
-                if self.step % cfg.log_every == 0 or last or (signals and self.world == 1):
+                last, stop = self.step == self.max_steps, 0
+                if self.step % self.cfg.log_every == 0 or last or (signals and self.world == 1):
                     stop = self._log(bar, signals[0] if signals else 0)
                     last = last or self.seconds >= seconds
-                if self.step % cfg.save_every == 0 or last or stop:
+                if self.step % self.cfg.save_every == 0 or last or stop:
                     self.save()
                 if stop and not last:
                     bar.close()
-                    if self.main:
-                        print(f"stopped by {signal.Signals(stop).name} at step {self.step}, saved; add --resume to the command to go on", flush=True)
+                    self._say_stopped(stop)
                     sys.exit(128 + stop)
         finally:
-            bar.close()
+            if bar is not None:
+                bar.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
 
     def update(self, loss: Tensor) -> None:
-        """One optimizer step on a scalar loss: backward, clip the gradient's norm to 1, AdamW with linear warm-up, EMA. The loss is read later."""
+        """One optimizer step on a scalar loss: backward, clip the gradient's norm to 1, AdamW with linear
+        warm-up, EMA."""
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
         for group in self.opt.param_groups:
@@ -311,66 +364,22 @@ class Run:
         self.opt.step()
         self.opt.zero_grad()
         self.ema.update_parameters(self.net)
-        self.losses.append(loss.detach() + 0 * norm)  # a gradient that is not finite shows too
+        # Read only at the next line of the log: no wait for the device. A gradient that is not finite shows
+        # too.
+        self.losses.append(loss.detach() + 0 * norm)
 
     def save(self) -> None:
-        """Write last.pt: config, facts, step, weights, EMA and optimizer, as tensors and plain types."""
+        """Write last.pt: configuration, facts, step, weights, EMA and optimizer, in plain types."""
         self._check_finite()  # so that the last good checkpoint stays the last one
-        state = dict(kind=self.kind, config=asdict(self.cfg), facts=self.facts, step=self.step, seconds=self.seconds, extra=self.extra)
-        state |= dict(model=self.net.state_dict(), ema=self.ema.module.state_dict(), opt=self.opt.state_dict())
+        state = dict(kind=self.cfg.kind, config=asdict(self.cfg), facts=self.facts, extra=self.extra)
+        state |= dict(step=self.step, seconds=self.seconds, opt=self.opt.state_dict())
+        state |= dict(model=self.net.state_dict(), ema=self.ema.module.state_dict())
         if self.main:
-            write_atomic(self.out / "last.pt", lambda f: torch.save(state, f))
+            write_atomic(self.out / "last.pt", lambda file: torch.save(state, file))
 
-    def _average(self, ema: list, params: list, _) -> None:
-        torch._foreach_lerp_(ema, params, 1 - ema_ramp(self.step, self.cfg.ema_decay))
-
-    def _load(self, path: Path) -> None:
-        old = load_checkpoint(path, self.kind)
-        same_settings(self.cfg, old["config"], path, "keep it, or choose another --out")
-        for name, value in self.facts.items():
-            if old["facts"].get(name) != value:
-                raise UserError(f"--resume on other data: its {name} is {value}, but {path} was trained with {old['facts'].get(name)}; choose another --out")
-        load_weights(self.net, old["model"], path)
-        load_weights(self.ema.module, old["ema"], path)
-        self.opt.load_state_dict(old["opt"])
-        self.ema.n_averaged += old["step"]  # not zero: the next update averages, it does not copy
-        self.step, self.seconds = old["step"], old["seconds"]
-        if self.main:
-            print(f"resumed {path} at step {self.step}")
-
-    def _check_finite(self) -> None:
-        losses = torch.stack(self.losses).float() if self.losses else torch.zeros(1, device=self.device)
-        if self.world > 1:
-            dist.all_reduce(losses)
-        bad = (~losses.isfinite()).nonzero()
-        if len(bad):
-            step = self.step - len(losses) + 1 + bad[0].item()
-            raise UserError(f"the loss or the gradient of step {step} is not finite; {self.out / 'last.pt'} keeps the last good state, if any: lower --lr, then --resume")
-
-    def _log(self, bar, stop: int) -> int:
-        """Read the losses since the last log, write them down, and return the signal that some process got, or 0: all agree on it, and on the seconds."""
-        self._check_finite()
-        losses = torch.stack(self.losses).mean().cpu() if self.losses else torch.zeros(())
-        step, start = self.logged
-        now = time.perf_counter()
-        state = torch.tensor(losses.item(), device=self.device)
-        seconds = self.seconds + now - start if self.main else 0.0  # the main process's, which pauses for what it does alone
-        shared = torch.tensor([stop, seconds], dtype=torch.float64, device=self.device if self.device.type != "mps" else "cpu")
-        if self.world > 1:
-            dist.all_reduce(state)
-            dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-        state, stop, self.seconds = state.item() / self.world, int(shared[0]), shared[1].item()
-        self.losses, self.logged = [], (self.step, now)
-        rate = (self.step - step) / (now - start)
-        if self.main:
-            with open(self.out / "log.csv", "a", newline="") as file:
-                row = [self.step, f"{state:.6f}", f"{self.opt.param_groups[0]['lr']:.3g}", f"{self.seconds:.2f}", f"{rate * self.cfg.batch_size:.1f}"]
-                csv.writer(file).writerow(row)
-            bar.set_postfix_str(f"loss {state:.4f}")
-            if bar.disable:
-                left = (self.cfg.max_steps - self.step) / rate
-                print(f"step {self.step}/{self.cfg.max_steps}  loss {state:.4f}  {rate:.1f} steps/s  {left:.0f} s left", flush=True)
-        return stop
+    def took(self) -> float:
+        """The training seconds up to now."""
+        return self.seconds + time.perf_counter() - self.logged[1]
 
     @contextmanager
     def pause(self):
@@ -379,17 +388,97 @@ class Run:
         yield
         self.logged = (self.logged[0], self.logged[1] + time.perf_counter() - start)
 
-    def _trim_log(self) -> None:
-        """Keep of log.csv what the checkpoint has seen: a killed run may have logged steps that it will now do again."""
-        path, header = self.out / "log.csv", "step,loss,lr,seconds,samples_per_second"
-        rows = path.read_text().splitlines()[1:] if self.resumed and path.exists() else []
-        rows = [r for r in rows if int(r.split(",")[0]) <= self.step]
-        write_atomic(path, lambda f: f.write("\n".join([header, *rows, ""]).encode()))
-
     def curve(self) -> Path:
         """Draw log.csv as curve.png."""
-        rows = list(csv.DictReader(open(self.out / "log.csv")))
+        with open(self.out / "log.csv", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
         with figure(self.out / "curve.png", (6, 4)) as (_, ax):
-            ax.plot([int(r["step"]) for r in rows], [float(r["loss"]) for r in rows])
+            ax.plot([int(row["step"]) for row in rows], [float(row["loss"]) for row in rows])
             ax.set(xlabel="step", ylabel="training loss", yscale="log", title=str(self.out))
         return self.out / "curve.png"
+
+    def _batch(self, n: int) -> Tensor:
+        local = self.batch_size // self.world
+        indices = batch_indices(n, self.batch_size, self.cfg.seed, self.step)
+        return indices[self.rank * local :][:local].to(self.device)
+
+    def _average(self, ema: list, params: list, _) -> None:
+        torch._foreach_lerp_(ema, params, 1 - ema_ramp(self.step, self.cfg.ema_decay))
+
+    def _load(self, path: Path, free) -> None:
+        old = load_checkpoint(path, self.cfg.kind)
+        same_settings(self.cfg, old["config"], path, "keep it, or choose another --out", free)
+        for name, value in self.facts.items():
+            if old["facts"].get(name) != value:
+                was = old["facts"].get(name)
+                message = f"its {name} is {value}, but {path} was trained with {was}; choose another --out"
+                raise UserError(f"--resume on other data: {message}")
+        load_weights(self.net, old["model"], path)
+        load_weights(self.ema.module, old["ema"], path)
+        self.opt.load_state_dict(old["opt"])
+        self.ema.n_averaged += old["step"]  # not zero: the next update averages, it does not copy
+        self.step, self.seconds = old["step"], old["seconds"]
+        if self.main:
+            print(f"resumed {path} at step {self.step}")
+
+    def _begin(self) -> tqdm:
+        """Make the folder, cut log.csv to where the checkpoint stands, start the clock; the progress bar."""
+        if self.main:
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_lines(self.out / "config.json", [json.dumps(asdict(self.cfg), indent=2)])
+            self.keep_rows(self.out / "log.csv", "step,loss,lr,seconds,samples_per_second")
+        self.logged = (self.step, time.perf_counter())
+        hidden = not (self.main and sys.stderr.isatty())
+        return tqdm(total=self.max_steps, initial=self.step, unit="step", disable=hidden, dynamic_ncols=True)
+
+    def keep_rows(self, path: Path, header: str) -> None:
+        """Keep of a csv file, which begins with the step, the rows that the checkpoint has seen: a killed run
+        may have written some that it will now write again."""
+        rows = path.read_text(encoding="utf-8").splitlines()[1:] if self.resumed and path.exists() else []
+        write_lines(path, [header, *(row for row in rows if int(row.split(",")[0]) <= self.step)])
+
+    def _check_finite(self) -> None:
+        losses = torch.stack(self.losses).float() if self.losses else torch.zeros(1, device=self.device)
+        if self.world > 1:
+            dist.all_reduce(losses)
+        bad = (~losses.isfinite()).nonzero()
+        if len(bad):
+            step = self.step - len(losses) + 1 + bad[0].item()
+            keeps = f"{self.out / 'last.pt'} keeps the last good state, if any"
+            raise UserError(
+                f"the loss or the gradient of step {step} is not finite; {keeps}: lower --lr, then --resume"
+            )
+
+    def _log(self, bar, stop: int) -> int:
+        """Read the losses since the last log and write them down; return the signal that some process got, or
+        0: all processes agree on it, and on the seconds."""
+        self._check_finite()
+        loss = torch.stack(self.losses).float().mean() if self.losses else torch.zeros((), device=self.device)
+        step, start = self.logged
+        now = time.perf_counter()
+        # The seconds are the main process's, which pauses for what it does alone.
+        seconds = self.seconds + now - start if self.main else 0.0
+        shared = torch.tensor([float(stop), seconds], dtype=torch.float64)
+        if self.world > 1:
+            shared = shared.to(self.device)
+            dist.all_reduce(loss)
+            dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        loss, stop, self.seconds = loss.item() / self.world, int(shared[0]), shared[1].item()
+        self.losses, self.logged = [], (self.step, now)
+        rate = (self.step - step) / (now - start)
+        if self.main:
+            lr = self.opt.param_groups[0]["lr"]
+            with open(self.out / "log.csv", "a", newline="", encoding="utf-8") as file:
+                row = [f"{loss:.6f}", f"{lr:.3g}", f"{self.seconds:.2f}", f"{rate * self.batch_size:.1f}"]
+                csv.writer(file).writerow([self.step, *row])
+            bar.set_postfix_str(f"loss {loss:.4f}")
+            if bar.disable:
+                left = (self.max_steps - self.step) / rate
+                progress = f"step {self.step}/{self.max_steps}  loss {loss:.4f}"
+                print(f"{progress}  {rate:.1f} steps/s  {left:.0f} s left", flush=True)
+        return stop
+
+    def _say_stopped(self, number: int) -> None:
+        if self.main:
+            how = "saved; add --resume to the command to go on"
+            print(f"stopped by {signal.Signals(number).name} at step {self.step}, {how}", flush=True)

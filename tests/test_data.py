@@ -1,13 +1,14 @@
-"""data.py: torchvision's files, digits, folders of images, texts, the grammar, and what each says of bad input."""
-import json
-import random
+"""data.py: torchvision's files, digits, folders of images, texts, tokens; and what each says of bad input."""
 
+import json
+
+import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from data import CLOSES, grammar_rating, grammar_review, load_images, load_texts, sentences, train_codec, windows
+from data import Split, cut_texts, load_images, load_texts, sentences, train_codec, windows
 from training import UserError
 
 
@@ -16,12 +17,26 @@ def picture(path, size=(8, 8), mode="L", colour=100):
     Image.new(mode, size, colour).save(path)
 
 
+def at_most_40(text):
+    return len(text) <= 40
+
+
+# -- images ----------------------------------------------------------------------------------------------
+
+
 def test_fashionmnist_is_read_from_an_existing_folder(fake_fashionmnist):
     images = load_images("fashionmnist", str(fake_fashionmnist))
-    assert images.x.shape == (120, 1, 28, 28) and images.x_test.shape == (60, 1, 28, 28)
-    assert images.x.dtype == torch.uint8 and images.y.dtype == torch.int64
-    assert images.names[0] == "T-shirt/top" and len(images.names) == 10
-    assert (images.x[3, 0, 6:10] == 200).all() and images.y[3] == 3
+    assert images.x.shape == (120, 1, 28, 28)
+    assert images.x_test.shape == (60, 1, 28, 28)
+    assert images.x.dtype == torch.uint8
+    assert images.y.dtype == torch.int64
+    assert images.names[0] == "T-shirt/top"
+    assert len(images.names) == 10
+    assert (images.x[3, 0, 6:10] == 200).all()
+    assert images.y[3] == 3
+
+
+def test_image_size_scales_every_image(fake_fashionmnist):
     assert load_images("fashionmnist", str(fake_fashionmnist), image_size=16).x.shape == (120, 1, 16, 16)
 
 
@@ -36,19 +51,24 @@ def test_cifar10_is_colour_channels_first(monkeypatch):
 
     monkeypatch.setattr("torchvision.datasets.CIFAR10", Stub)
     images = load_images("cifar10", "")
-    assert images.x.shape == (3, 3, 32, 32) and images.x_test.shape == (1, 3, 32, 32) and images.y.tolist() == [0, 1, 1]
-    assert images.x[0, :, 4, 5].tolist() == [10, 20, 30] and images.names == ["airplane", "automobile"]
+    assert images.x.shape == (3, 3, 32, 32)
+    assert images.x_test.shape == (1, 3, 32, 32)
+    assert images.y.tolist() == [0, 1, 1]
+    assert images.x[0, :, 4, 5].tolist() == [10, 20, 30]
+    assert images.names == ["airplane", "automobile"]
 
 
 def test_digits_need_no_file_and_keep_the_splits_apart():
     images = load_images("digits", "/nowhere")
-    assert images.x.shape == (1437, 1, 8, 8) and images.x_test.shape == (360, 1, 8, 8)
-    assert images.x.max() == 255 and images.x.min() == 0 and set(images.y.tolist()) == set(range(10))
+    assert images.x.shape == (1437, 1, 8, 8)
+    assert images.x_test.shape == (360, 1, 8, 8)
+    assert (images.x.min(), images.x.max()) == (0, 255)
+    assert set(images.y.tolist()) == set(range(10))
     seen = {x.numpy().tobytes() for x in images.x}
     assert sum(x.numpy().tobytes() in seen for x in images.x_test) == 0
 
 
-def test_unreachable_download_names_the_way_out(tmp_path, monkeypatch):
+def test_a_download_that_fails_names_the_way_out(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise RuntimeError("Error downloading train-images-idx3-ubyte.gz")
 
@@ -57,133 +77,252 @@ def test_unreachable_download_names_the_way_out(tmp_path, monkeypatch):
         load_images("fashionmnist", str(tmp_path))
 
 
-def test_unknown_name():
-    with pytest.raises(UserError, match="no data set or folder 'mnits'; choose fashionmnist, mnist, cifar10, digits, or"):
+def test_an_unknown_name_is_answered_with_the_known_ones():
+    with pytest.raises(UserError, match="'mnits'; choose fashionmnist, mnist, cifar10, digits, or"):
         load_images("mnits", "data")
 
 
-def test_folder_with_classes(tmp_path):
+def test_subfolders_are_classes(tmp_path):
     for i in range(10):
         picture(tmp_path / "dark" / f"{i}.png", colour=i)
         picture(tmp_path / "light" / "deep" / f"{i}.jpg", colour=200 + i)
     images = load_images(str(tmp_path), "")
-    assert images.names == ["dark", "light"] and images.x.shape == (16, 1, 8, 8) and images.x_test.shape == (4, 1, 8, 8)
+    assert images.names == ["dark", "light"]
+    assert images.x.shape == (16, 1, 8, 8)
+    assert images.x_test.shape == (4, 1, 8, 8)
     for x, y in [(images.x, images.y), (images.x_test, images.y_test)]:
         assert torch.equal((x.flatten(1).float().mean(1) > 128).long(), y)
 
 
-def test_folder_without_classes_colour_and_grey_together(tmp_path):
+def test_a_grey_image_beside_one_in_colour_is_read_in_colour(tmp_path):
     picture(tmp_path / "a.png", mode="RGB", colour=(255, 0, 0))
     picture(tmp_path / "b.png", colour=7)
     images = load_images(str(tmp_path), "")
-    assert images.x.shape == (2, 3, 8, 8) and images.names == [] and (images.y == -1).all() and len(images.x_test) == 0
-    assert images.x[0, :, 0, 0].tolist() == [255, 0, 0] and images.x[1, :, 0, 0].tolist() == [7, 7, 7]
+    assert images.x.shape == (2, 3, 8, 8)
+    assert images.x[0, :, 0, 0].tolist() == [255, 0, 0]
+    assert images.x[1, :, 0, 0].tolist() == [7, 7, 7]
+    assert images.names == []
+    assert (images.y == -1).all()
+    assert len(images.x_test) == 0
 
 
-def test_bad_folders_name_the_file_and_the_way_out(tmp_path):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no image in .*empty"):
-        load_images(str(tmp_path / "empty"), "")
-    picture(tmp_path / "broken" / "a.png")
-    (tmp_path / "broken" / "b.png").write_bytes((tmp_path / "broken" / "a.png").read_bytes()[:40])
+def test_a_folder_without_an_image_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no image in"):
+        load_images(str(tmp_path), "")
+
+
+def test_a_broken_image_is_named(tmp_path):
+    picture(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
     with pytest.raises(UserError, match="b.png cannot be read as an image"):
-        load_images(str(tmp_path / "broken"), "")
-    picture(tmp_path / "mixed" / "a.png")
-    picture(tmp_path / "mixed" / "b.png", size=(12, 10))
+        load_images(str(tmp_path), "")
+
+
+def test_images_of_mixed_sizes_are_named_and_image_size_mends_them(tmp_path):
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "b.png", size=(12, 10))
     with pytest.raises(UserError, match="a.png is 8x8, .*b.png is 12x10; add --image_size"):
-        load_images(str(tmp_path / "mixed"), "")
-    assert load_images(str(tmp_path / "mixed"), "", image_size=8).x.shape == (2, 1, 8, 8)
-    picture(tmp_path / "stray" / "class" / "a.png")
-    picture(tmp_path / "stray" / "b.png")
+        load_images(str(tmp_path), "")
+    assert load_images(str(tmp_path), "", image_size=8).x.shape == (2, 1, 8, 8)
+
+
+def test_an_image_beside_class_folders_is_named(tmp_path):
+    picture(tmp_path / "class" / "a.png")
+    picture(tmp_path / "b.png")
     with pytest.raises(UserError, match="b.png lies beside the class folders class"):
-        load_images(str(tmp_path / "stray"), "")
+        load_images(str(tmp_path), "")
 
 
-# -- texts --------------------------------------------------------------------------------------------------------------
+# -- texts -----------------------------------------------------------------------------------------------
 
 
-def test_grammar_accepts_its_own_reviews_and_nothing_else():
-    rng = random.Random(1)
-    for rating in (1, 2, 3, 4, 5) * 40:
-        text = grammar_review(rng, rating)
-        assert grammar_rating(text) == rating
-        words = text.split()
-        i = rng.randrange(len(words))
-        assert grammar_rating(" ".join(words[:i] + words[i + 1 :])) in (None, rating)  # without a word; an adverb may go
-        said, close = text.rsplit(". ", 1)
-        assert grammar_rating(said + ". " + CLOSES[rating % 5]) is None  # a close that another rating has
-        assert grammar_rating(said + ".") is None
-        assert grammar_rating(text + " " + text) is None
-    assert grammar_rating("") is None and grammar_rating("never again.") is None
-    good = "the room was spotless. the staff was polite. breakfast was cold. the pool was always warm. we would come back."
-    assert grammar_rating(good) == 4
-    assert grammar_rating(good.replace("the staff", "the room")) is None  # a subject twice
-    assert grammar_rating(good.replace("always", "never")) is None
-    assert grammar_rating(good.replace(". the pool", " the pool")) is None
-
-
-def test_grammar_corpus_is_split_and_repeats():
+def test_the_grammars_texts_repeat_and_its_splits_hardly_overlap():
     a, b = load_texts("grammar"), load_texts("grammar")
-    assert a == b and len(a.x) == 5400 and len(a.x_test) == 600 and a.names == list("12345")
-    assert sorted(set(a.y)) == [0, 1, 2, 3, 4]
-    assert len(set(a.x_test) & set(a.x)) / len(set(a.x_test)) < 0.05  # the rest cannot be known by heart
+    assert a == b
+    assert (len(a.train.x), len(a.test.x)) == (5400, 600)
+    assert a.names == list("12345")
+    assert sorted(set(a.train.y)) == [0, 1, 2, 3, 4]
+    assert len(set(a.test.x) & set(a.train.x)) / len(set(a.test.x)) < 0.05  # the rest is not known by heart
 
 
-def test_windows_join_to_the_text_and_end_with_sentences():
-    text = "First one here. Second, with a comma, goes on. Third! Fourth? Fifth one is the last."
-    fits = lambda s: len(s) <= 40
-    assert "".join(sentences(text, fits)) == text
-    parts = windows(text, fits, overlap=False)
-    assert " ".join(parts) == text and all(fits(p) for p in parts)
-    assert all(p[-1] in ".!?," for p in parts)
-    overlapping = windows(text, fits, overlap=True)
-    assert parts[2].startswith("Fourth?") and overlapping[2].startswith("Third!")  # from every sentence on
-    assert all(fits(p) and p in text for p in overlapping) and text.endswith(overlapping[-1])
-    assert windows("short.", fits, overlap=True) == ["short."]
-    assert windows("x" * 100, fits, overlap=True) == ["x" * 100]  # cut later, without an end token
+ROWS = [dict(text=f"text {i}", label=i % 3, about=f"topic {i}") for i in range(30)]
 
 
-def test_codec_gives_back_its_texts_and_teaches_no_end_where_it_cut():
-    texts = load_texts("grammar").x[:50]
-    codec = train_codec(texts, 400, 80)
-    ids, target = codec.encode([*texts, "caf\u00e9 \u65e5\u672c " + texts[0], "word " * 100])
-    assert ids.shape == target.shape == (52, 80)
-    assert codec.decode(target[:50]) == texts
-    n = (ids >= 0).sum(1)
-    for i in range(50):
-        assert target[i, n[i]] == codec.eos and (target[i, n[i] + 1 :] == -100).all() and torch.equal(target[i, : n[i]], ids[i, : n[i]])
-    assert (target[51] != codec.eos).all() and (target[51] >= 0).all()
-    assert codec.fits(texts[0]) and not codec.fits("word " * 100)
-    assert codec.vocab <= 400 and codec.decode(target[50:51]) == ["caf\u00e9 \u65e5\u672c " + texts[0]]  # bytes: any text can be written
+@pytest.fixture
+def files(tmp_path):
+    """The folder of a.jsonl, a.csv, a.parquet and a.txt, all with the texts of ROWS."""
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    lines = [",".join(map(str, row.values())) for row in ROWS]
+    (tmp_path / "a.csv").write_text("\n".join(["text,label,about", *lines]))
+    (tmp_path / "a.txt").write_text("\n".join(row["text"] for row in ROWS))
+    datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "a.parquet")
+    return tmp_path
 
 
-def test_texts_from_files_of_every_kind(tmp_path):
-    import datasets
-
-    rows = [dict(text=f"text {i}", label=i % 3) for i in range(30)]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "a.csv").write_text("text,label\n" + "\n".join(f"{r['text']},{r['label']}" for r in rows))
-    (tmp_path / "a.txt").write_text("\n".join(r["text"] for r in rows))
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
-    texts = {kind: load_texts(str(tmp_path / f"a.{kind}")) for kind in ("jsonl", "csv", "parquet", "txt")}
-    assert texts["jsonl"] == texts["csv"] == texts["parquet"]
-    for kind, t in texts.items():
-        assert len(t.x) == 27 and len(t.x_test) == 3 and not set(t.x) & set(t.x_test), kind
-        labels = [int(x.split()[1]) % 3 for x in t.x]
-        assert (t.y == labels and t.names == ["0", "1", "2"]) if kind != "txt" else (set(t.y) == {-1} and t.names == [])
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_texts_labels_and_conditions_of_a_file_stay_together(kind, files):
+    texts = load_texts(str(files / f"a.{kind}"), condition_column="about")
+    assert (len(texts.train.x), len(texts.test.x)) == (27, 3)
+    assert texts.names == ["0", "1", "2"]
+    read = []
+    for part in (texts.train, texts.test):
+        read += zip(part.x, part.y, part.c, strict=True)
+    assert sorted(read) == sorted((row["text"], row["label"], row["about"]) for row in ROWS)
 
 
-def test_columns_of_the_hub_are_read(monkeypatch):
-    """argilla's form: the rating is a list of label and score; a split "test" is kept, and a class that only it has is refused."""
-    import datasets
+def test_lines_of_a_txt_are_texts_without_labels(files):
+    texts = load_texts(str(files / "a.txt"))
+    assert sorted(texts.train.x + texts.test.x) == sorted(row["text"] for row in ROWS)
+    assert texts.names == []
+    assert set(texts.train.y) == {-1}
 
-    rows = [dict(text=f"review {i}", prediction=[dict(label=str(i % 5 + 1), score=1.0)]) for i in range(20)]
-    hub = datasets.DatasetDict(train=datasets.Dataset.from_list(rows), test=datasets.Dataset.from_list(rows[:4]))
+
+def test_the_checksum_changes_with_the_training_texts_and_with_their_conditions(files):
+    path = str(files / "a.csv")
+    same, other = load_texts(path), load_texts(path, condition_column="about")
+    assert load_texts(path).checksum() == same.checksum()
+    assert same.checksum() != other.checksum()
+
+
+def hub(monkeypatch, train, test):
+    """Let `datasets` find these rows of argilla's form on the hub; returns the names asked for."""
+    splits = {
+        name: datasets.Dataset.from_list(
+            [dict(text=t, prediction=[dict(label=y, score=1.0)]) for t, y in part]
+        )
+        for name, part in dict(train=train, test=test).items()
+    }
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: (asked.append(name), hub)[1])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *name: (asked.append(name), splits)[1])
+    return asked
+
+
+def test_argillas_form_and_the_hubs_own_test_split_are_read(monkeypatch):
+    rows = [(f"review {i}", str(i % 5 + 1)) for i in range(20)]
+    asked = hub(monkeypatch, rows, rows[:4])
     texts = load_texts("tripadvisor")
-    assert asked == ["argilla/tripadvisor-hotel-reviews"] and texts.names == list("12345") and texts.y[:6] == [0, 1, 2, 3, 4, 0]
-    assert texts.x_test == [f"review {i}" for i in range(4)]
-    hub["test"] = datasets.Dataset.from_list([dict(text="x", prediction=[dict(label="6", score=1.0)])])
+    assert asked == [("argilla/tripadvisor-hotel-reviews",)]
+    assert texts.names == list("12345")
+    assert texts.train.y[:6] == [0, 1, 2, 3, 4, 0]
+    assert texts.test.x == [f"review {i}" for i in range(4)]
+
+
+def test_a_class_that_only_the_test_split_has_is_refused(monkeypatch):
+    hub(monkeypatch, [(f"review {i}", str(i % 5 + 1)) for i in range(20)], [("x", "6")])
     with pytest.raises(UserError, match="test row 1: prediction is '6', outside the classes 1, 2, 3, 4, 5"):
         load_texts("tripadvisor")
+
+
+def test_more_than_a_hundred_labels_are_no_classes(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("\n".join(["text,label", *(f"text {i},{i}" for i in range(101))]))
+    with pytest.raises(UserError, match="101 values, too many for classes; .*--label_column"):
+        load_texts(str(path))
+
+
+MISTAKES = [
+    (b"", {}, "is empty"),
+    (b"Review,Rating\ngood,1\n,2\n", {}, "row 2: Review is None"),
+    (b"Review,Rating\ngood,1\nbad,\n", {}, "row 2: Rating is missing"),
+    (b"Review,Rating\ngood \xff\xfe,1\n", {}, "UTF-8"),
+    (b"a,b\ngood,1\n", {}, "no column of text; it has a, b: name one with --text_column"),
+    (b"a,b\ngood,1\n", dict(text_column="c"), "no column c; it has a, b: name one with --text_column"),
+    (b"text\ngood\n", dict(condition_column="c"), "no column c; it has text: name one with --condition"),
+]
+
+
+@pytest.mark.parametrize("content, columns, wanted", MISTAKES)
+def test_a_file_with_a_mistake_is_named_with_it(content, columns, wanted, tmp_path):
+    path = tmp_path / "reviews.csv"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=wanted) as error:
+        load_texts(str(path), **columns)
+    assert "reviews.csv" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "dataset, wanted",
+    [
+        ("grammer", "no data set 'grammer'; choose grammar, tripadvisor"),
+        ("nothing.csv", "no file nothing.csv; without a network use --dataset grammar"),
+        ("nobody/nothing", "nobody/nothing could not be had from the hub"),
+    ],
+)
+def test_an_unknown_data_set_is_answered_with_what_there_is(dataset, wanted):
+    with pytest.raises(UserError, match=wanted):
+        load_texts(dataset)
+
+
+# -- tokens ----------------------------------------------------------------------------------------------
+
+TEXT = "First one here. Second, with a comma, goes on. Third! Fourth? Fifth one is the last."
+
+
+def test_sentences_join_to_the_text():
+    assert "".join(sentences(TEXT, at_most_40)) == TEXT
+
+
+def test_pieces_fit_and_join_to_the_text():
+    parts = windows(TEXT, at_most_40, overlap=False)
+    assert " ".join(parts) == TEXT
+    assert max(map(len, parts)) <= 40
+    assert {part[-1] for part in parts} <= set(".!?,")
+
+
+def test_overlapping_pieces_begin_at_every_sentence():
+    parts = windows(TEXT, at_most_40, overlap=True)
+    assert max(map(len, parts)) <= 40
+    assert parts[2].startswith("Third!")
+    assert [part for part in parts if part not in TEXT] == []
+    assert TEXT.endswith(parts[-1])
+
+
+@pytest.mark.parametrize("text", ["short.", "x" * 100])
+def test_a_text_that_fits_and_a_sentence_too_long_stay_whole(text):
+    assert windows(text, at_most_40, overlap=True) == [text]
+
+
+@pytest.fixture(scope="module")
+def codec():
+    return train_codec(load_texts("grammar").train.x[:50], 400, 80)
+
+
+def test_the_codec_gives_back_its_texts_and_any_other(codec):
+    texts = [*load_texts("grammar").train.x[:50], "caf\u00e9 \u65e5\u672c"]
+    ids, target = codec.encode(texts)
+    assert codec.decode(target) == texts
+    assert codec.vocab <= 400
+    for row, end in zip(ids, (ids >= 0).sum(1), strict=True):
+        assert (row[end:] == -100).all()
+
+
+def test_a_target_is_the_ids_and_an_end_but_where_the_text_was_cut(codec):
+    text = load_texts("grammar").train.x[0]
+    ids, target = codec.encode([text, "word " * 100])
+    n = (ids[0] >= 0).sum()
+    assert torch.equal(target[0, :n], ids[0, :n])
+    assert target[0, n] == codec.eos
+    assert torch.equal(target[1], ids[1])
+    assert codec.eos not in target[1]
+    assert codec.fits(text)
+    assert not codec.fits("word " * 100)
+
+
+def test_a_piece_comes_with_its_label_and_its_condition(codec):
+    long = " ".join(load_texts("grammar").train.x[:3])
+    pieces = cut_texts(Split(["a short one.", long], [3, 4], ["why?", "how?"]), codec)
+    assert pieces.x[0] == "a short one."
+    assert " ".join(pieces.x[1:]) == long
+    assert pieces.y.tolist() == [3] + [4] * (len(pieces.x) - 1)
+    assert pieces.c == ["why?"] + ["how?"] * (len(pieces.x) - 1)
+    assert codec.decode(pieces.target) == pieces.x
+
+
+def test_a_prefix_is_the_piece_before(codec):
+    long = " ".join(load_texts("grammar").train.x[:3])
+    whole = cut_texts(Split([long], [4], [""]), codec)
+    pieces = cut_texts(Split(["a short one.", long], [3, 4], ["", ""]), codec, prefix=True)
+    assert pieces.x == whole.x[1:]
+    assert pieces.c == whole.x[:-1]
+    with pytest.raises(UserError, match="--condition prefix needs texts of more than --max_tokens 80"):
+        cut_texts(Split(["a short one."], [0], [""]), codec, prefix=True)

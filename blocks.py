@@ -1,0 +1,109 @@
+"""A sequence in blocks (a thought, a puzzle, a line of text): each is made by diffusion, given those before.
+
+In training all blocks are noised at once and learned in one pass: the sequence is [question, clean blocks,
+noised blocks], and a mask lets each noised block see itself and what is clean before it. Blocks of width 1
+are autoregression, a single block is plain masked diffusion. What is clean stands first, so that in
+generation the keys and values of all that is finished are a prefix, which is computed once.
+
+Sources: block diffusion 2503.09573, Diffusion of Thought 2402.07754, masked diffusion (MDLM) 2406.07524.
+Axes: B batch, q question, k all blocks together, c clean positions in training, L = c + k, P positions in
+the cache, D model width, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffusion import Body, StepEmbedding, unmask
+
+
+class Layout:
+    """Where a question and its blocks stand. widths: positions of the question (or 0), then of each block."""
+
+    def __init__(self, widths: list[int]):
+        self.q, self.widths = widths[0], list(widths[1:])
+        block = torch.repeat_interleave(torch.arange(len(self.widths)), torch.tensor(self.widths))
+        self.owner = torch.cat([torch.full((self.q,), -1), block])  # (q + k,): -1 -1 0 0 0 1 1 ...
+        self.k = len(block)
+        # In training c positions are clean: the question and all blocks but the last, which no other reads.
+        self.c = self.q + self.k - self.widths[-1]
+        self.place = torch.cat([torch.arange(self.c), self.q + torch.arange(self.k)])  # (L,)
+        self.see = block_causal(self.owner[self.place], noised=torch.arange(self.c + self.k) >= self.c)
+
+
+def block_causal(owner: Tensor, noised: Tensor) -> Tensor:
+    """Who (row) sees whom (column), bool (L, L), given the block of each position and whether it is noised.
+
+    A clean position sees the clean ones up to its own block; a noised one its own noised block and the clean
+    blocks before. Block diffusion section 3.
+    """
+    row, column = owner[:, None], owner[None]
+    own = noised[:, None] & noised & (column == row)
+    before = ~noised & ((column < row) | ~noised[:, None] & (column == row))
+    return own | before
+
+
+class TokenTransformer(nn.Module):
+    """Denoiser of tokens: logits (B, k, V) of all blocks xt (B, k), masked where they hold mask_id = V.
+
+    y: the clean ids (B, c) before them, the question and the blocks but the last. t is not looked at: the
+    masks say as much (MDLM section 3.5). V: tokens without the mask. D: width, divisible by 4 * heads.
+    """
+
+    def __init__(self, V: int, layout: Layout, D: int, depth: int, heads=4):
+        super().__init__()
+        self.mask_id, self.layout = V, layout
+        self.token, self.clean = nn.Embedding(V + 1, D), nn.Embedding(V, D)
+        self.place = nn.Embedding(layout.q + layout.k, D)
+        self.level, self.body = StepEmbedding(D), Body(D, depth, heads, V)
+        for name in ("owner", "place", "see"):
+            self.register_buffer(f"layout_{name}", getattr(layout, name), persistent=False)
+
+    def forward(self, xt: Tensor, t: Tensor | None, y: Tensor) -> Tensor:
+        return self.read(xt, y, self.layout_place, self.layout_see)[0]
+
+    def read(self, xt: Tensor, clean: Tensor, place: Tensor, see: Tensor | None, cache=None):
+        """Logits of xt (B, n), which stands behind clean ids (B, m), and the cache with those behind it.
+
+        place: (m + n,), where [clean, xt] stand in [question, blocks]. see: (m + n, P + m + n), None for all.
+        """
+        n = xt.shape[1]
+        h = torch.cat([self.clean(clean), self.token(xt)], dim=1) + self.place(place)  # (B, m + n, D)
+        zero = torch.zeros(1, 1, dtype=torch.long, device=h.device)
+        emb = F.silu(self.level(zero))  # (1, 1, D)
+        out, seen = self.body(h, emb, n, see, cache)
+        return out, [(keys[:, :, :-n], values[:, :, :-n]) for keys, values in seen]
+
+
+@torch.no_grad()
+def generate(
+    model, question: Tensor, xt=None, *, steps=8, order="confident", temperature=0.0, generator=None
+):
+    """Yield (i, xt (B, k)) after every step in which something of block i became known; block after block.
+
+    question: ids (B, q). xt: what is known of the blocks, mask_id elsewhere, and stays as it is (the first
+    thoughts of a chain, the clues of a puzzle); None: nothing. steps: evaluations for each block. The other
+    settings are those of `unmask`. What is finished is read once, with the next block's first evaluation.
+    """
+    if xt is None:
+        xt = question.new_full((len(question), model.layout.k), model.mask_id)
+    cache, read, start = None, 0, 0
+    new = question  # finished, but not in the cache yet
+
+    def denoise(part: Tensor, t: Tensor, y=None) -> Tensor:
+        nonlocal cache, new, read
+        end = read + new.shape[1] + part.shape[1]
+        place, owner = torch.arange(read, end, device=part.device), model.layout_owner[:end]
+        # Blocks come in order, and each sees those up to itself; the last one alone sees all.
+        see = owner[read:, None] >= owner if new.shape[1] else None
+        logits, cache = model.read(part, new, place, see, cache)
+        new, read = new[:, :0], read + new.shape[1]
+        return logits
+
+    for i, width in enumerate(model.layout.widths):
+        before, block, after = xt.split([start, width, xt.shape[1] - start - width], dim=1)
+        how = dict(steps=steps, order=order, temperature=temperature, generator=generator)
+        for known in unmask(denoise, block, model.mask_id, **how):
+            xt = torch.cat([before, known, after], dim=1)
+            yield i, xt
+        new, start = torch.cat([new, xt[:, start : start + width]], dim=1), start + width

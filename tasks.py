@@ -1,0 +1,327 @@
+"""Problems whose answers can be checked, made here or read from files; a grammar of reviews with a rating.
+
+A problem is a question and its thoughts, of which the last is "#### answer". A task is a function that
+makes one and a function that checks an answer; a new task is one more entry of TASKS.
+"""
+
+import hashlib
+import random
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data import rows, text_of
+from training import UserError
+
+FILES = "a jsonl or txt file of problems, or a folder with train.jsonl and test.jsonl"
+OFFLINE = f"without a network use --dataset sums, adds or mult, or --dataset PATH ({FILES})"
+LONGEST_QUESTION, MOST_THOUGHTS = 1000, 16  # of a file: memory grows with the square of their length
+
+
+# -- the tasks ---------------------------------------------------------------------------------------------
+# Numbers are written with the least significant digit first, spaces between: so they are added, and so a
+# chain of thoughts can be, from the left.
+
+
+def spaced(n: int, width: int) -> str:
+    """The digits of n, the least significant first, filled up with zeros to `width`."""
+    return " ".join(reversed(f"{n:0{width}}"))
+
+
+def number(text: str) -> int:
+    """The number that `spaced` wrote, with or without the spaces. Raises ValueError for other characters."""
+    digits = "".join(text.split())
+    if not digits.isdecimal():
+        raise ValueError(f"not a number: {text!r}")
+    return int(digits[::-1])
+
+
+def multiplication(a: int, b: int, digits: tuple[int, int]) -> tuple[str, list[str]]:
+    """a x b of digits[0] and digits[1] digits: a product for each digit of b, and behind it the total so far.
+
+    The form of implicit chain of thought (2311.01460), without totals at the first and the last product.
+    Joined by spaces, the thoughts are what follows "||" in its files.
+    """
+    (na, nb), total, thoughts = digits, 0, []
+    for i in range(nb):
+        product = a * (b // 10**i % 10) * 10**i
+        total += product
+        thought = ("+ " if i else "") + spaced(product, na + 1 + i)
+        thoughts.append(thought + (f" ( {spaced(total, na + 1 + i)} )" if 0 < i < nb - 1 else ""))
+    return f"{spaced(a, na)} * {spaced(b, nb)}", [*thoughts, f"#### {spaced(total, na + nb)}"]
+
+
+def addition(numbers: list[int], digits: int) -> tuple[str, list[str]]:
+    """Numbers of so many digits to add: each thought is the total so far, from the second number on."""
+    width = len(str(len(numbers) * (10**digits - 1)))
+    totals = [spaced(sum(numbers[: i + 1]), width) for i in range(1, len(numbers))]
+    return " + ".join(spaced(n, digits) for n in numbers), [*totals[:-1], f"#### {totals[-1]}"]
+
+
+def draw(rng: random.Random, digits: int) -> int:
+    return rng.randrange(10 ** (digits - 1), 10**digits)
+
+
+def make_sums(rng: random.Random, digits: tuple[int, int], terms: int) -> tuple[str, list[str]]:
+    return addition([rng.randrange(10) for _ in range(terms)], 1)
+
+
+def make_adds(rng: random.Random, digits: tuple[int, int], terms: int) -> tuple[str, list[str]]:
+    return addition([draw(rng, digits[0]) for _ in range(terms)], digits[0])
+
+
+def make_mult(rng: random.Random, digits: tuple[int, int], terms: int) -> tuple[str, list[str]]:
+    return multiplication(draw(rng, digits[0]), draw(rng, digits[1]), digits)
+
+
+def check_sum(question: str, answer: str) -> bool:
+    return number(answer) == sum(map(number, question.split("+")))
+
+
+def check_product(question: str, answer: str) -> bool:
+    a, b = map(number, question.split("*"))
+    return number(answer) == a * b
+
+
+@dataclass(frozen=True)
+class Task:
+    """make(rng, digits, terms) gives a question and its thoughts; check(question, answer), whether it is
+    right.
+
+    check may raise ValueError for an answer that it cannot read: that is a wrong one.
+    """
+
+    make: Callable
+    check: Callable
+
+
+TASKS = {
+    "sums": Task(make_sums, check_sum),
+    "adds": Task(make_adds, check_sum),
+    "mult": Task(make_mult, check_product),
+}
+
+
+# -- problems ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Problems:
+    """Questions and thoughts of the training and the test split; a question is only in one of them.
+
+    check: that of their task; None where the right answer is the one in the file.
+    """
+
+    question: list[str]
+    thoughts: list[list[str]]
+    question_test: list[str]
+    thoughts_test: list[list[str]]
+    check: Callable | None = None
+
+    def checksum(self) -> str:
+        texts = [*self.question, *map(" ".join, self.thoughts)]
+        return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
+
+
+def is_test_problem(question: str) -> bool:
+    """Whether a question is of the test split: one in ten, by its checksum, so that no training set holds
+    it.
+    """
+    return zlib.crc32(question.encode()) % 10 == 0
+
+
+def make_problems(task: str, digits: tuple[int, int], terms: int, n: int, n_test=2000) -> Problems:
+    """n different training and n_test test problems of TASKS[task], or as many as there are."""
+    rng, seen, train, test, in_vain = random.Random(0), set(), [], [], 0
+    # A task with few problems ends when four draws for each that is known have brought no other.
+    while (len(train) < n or len(test) < n_test) and in_vain < 4 * len(seen) + 100:
+        question, thoughts = TASKS[task].make(rng, digits, terms)
+        in_vain = in_vain + 1 if question in seen else 0
+        split, most = (test, n_test) if is_test_problem(question) else (train, n)
+        if not in_vain and len(split) < most:
+            split.append((question, thoughts))
+        seen.add(question)
+    return both_splits(train, test, task, TASKS[task].check)
+
+
+def load_problems(dataset: str, digits=(3, 2), terms=4, n=50_000, form="equations") -> Problems:
+    """The problems of `dataset`: a task (digits, terms), gsm8k (hub), or the path of a jsonl file with
+    question and answer, of a txt file with lines question||thoughts #### answer, or of a folder with
+    train.jsonl and test.jsonl.
+
+    form: the thoughts of an answer are its "equations" in <<>>, or the lines of its "text". n: at most so
+    many training problems. Of a single file a tenth is held out; a training question that the test split
+    has too is left out. Raises UserError for a data set that is not to be had, a row that is not a problem,
+    or an empty split.
+    """
+    if dataset in TASKS:
+        return make_problems(dataset, digits, terms, n)
+    where, splits = Path(dataset).name, {}
+    for name, table in read_splits(dataset).items():
+        splits[name] = [
+            read_problem(row, form, f"{where}, {name} row {i + 1}") for i, row in enumerate(table)
+        ]
+    train, test = splits["train"], splits.get("test")
+    if test is None:
+        train, test = ([p for p in train if is_test_problem(p[0]) == held_out] for held_out in (False, True))
+    if form == "equations" and not any(len(thoughts) > 1 for _, thoughts in train + test):
+        raise UserError(
+            f"{where} has no <<equation>> in any answer: add --form text to take lines for thoughts"
+        )
+    tested = {question for question, _ in test}
+    return both_splits([p for p in train if p[0] not in tested][:n], test, where)
+
+
+def both_splits(train: list[tuple], test: list[tuple], where: str, check=None) -> Problems:
+    """The problems of two lists of (question, thoughts). Raises UserError where one is empty."""
+    if not train or not test:
+        got = f"{len(train)} training and {len(test)} test problems"
+        raise UserError(f"{where} has {got}: both must be at least 1; give more rows, or larger numbers")
+    return Problems(*map(list, zip(*train, strict=True)), *map(list, zip(*test, strict=True)), check)
+
+
+def read_splits(dataset: str) -> dict:
+    """The splits "train" and, where there is one, "test", as tables whose rows have question and answer."""
+    path = Path(dataset)
+    if path.is_dir():
+        return {name: rows(str(path / f"{name}.jsonl"), OFFLINE)["train"] for name in ("train", "test")}
+    if dataset != "gsm8k" and path.suffix.lower() not in (".jsonl", ".txt"):
+        raise UserError(f"no data set {dataset!r}; {OFFLINE}")
+    if path.suffix.lower() == ".txt":
+        lines = [row["text"].strip("\ufeff ") for row in rows(dataset, OFFLINE)["train"]]
+        parts = [line.rpartition("||") for line in lines if line]
+        return {"train": [dict(question=question, answer=rest) for question, _, rest in parts]}
+    found = rows(dataset, OFFLINE)
+    return {name: found[name] for name in ("train", "test") if name in found}
+
+
+def read_problem(row: dict, form: str, where: str) -> tuple[str, list[str]]:
+    """The question and the thoughts of a row. Raises UserError where it is not a problem."""
+    question, answer = (text_of(row.get(column), f"{where}: {column}") for column in ("question", "answer"))
+    thoughts = read_thoughts(answer, form, where)
+    if len(question) > LONGEST_QUESTION or len(thoughts) > MOST_THOUGHTS:
+        got = f"{len(question)} characters in the question and {len(thoughts)} thoughts"
+        most = f"{LONGEST_QUESTION} and {MOST_THOUGHTS} are the most (see the top of tasks.py)"
+        raise UserError(f"{where}: {got}; {most}")
+    return question, thoughts
+
+
+def read_thoughts(answer: str, form: str, where: str) -> list[str]:
+    """The <<equations>> of an answer, or its lines as text; then "#### " and the number."""
+    chain, found, last = answer.partition("####")
+    if not found or not last.strip():
+        raise UserError(f"{where}: no '#### number' at the end of the answer {answer[-60:]!r}; mend the row")
+    thoughts = re.findall(r"<<.*?>>", chain)
+    if form == "text":
+        thoughts = [re.sub(r"<<.*?>>", "", line).strip() for line in chain.splitlines()]
+    return [*filter(None, thoughts), f"#### {last.strip().splitlines()[0]}"]
+
+
+# -- characters as tokens ----------------------------------------------------------------------------------
+
+END = 0  # fills a text up to its width
+ANSWER = "\x01"  # the one character that "####" becomes
+
+
+class Tokens:
+    """Texts to ids, one for each character, and back; spaces count only where the alphabet has one."""
+
+    def __init__(self, alphabet: str):
+        self.alphabet, self.V = alphabet, len(alphabet) + 1
+        self.bare = " " not in alphabet  # generated problems: spaces say nothing
+
+    def plain(self, text: str) -> str:
+        """The text as its characters are counted."""
+        text = text.replace("####", ANSWER)
+        return text.replace(" ", "") if self.bare else text
+
+    def ids(self, text: str) -> list[int]:
+        return [self.alphabet.index(c) + 1 for c in self.plain(text)]
+
+    def encode(self, texts: list[str], width: int) -> Tensor:
+        """Ids (N, width), filled up with END. Raises UserError for a text that does not fit."""
+        ids = torch.full((len(texts), width), END)
+        for row, text in zip(ids, texts, strict=True):
+            plain = self.plain(text)
+            if len(plain) > width:
+                got = f"{text[:60]!r} has {len(plain)} characters"
+                raise UserError(f"{got}, but this model takes at most {width}: shorten it")
+            if strange := set(plain) - set(self.alphabet):
+                got = f"{text[:60]!r} has {', '.join(map(repr, sorted(strange)))}"
+                raise UserError(
+                    f"{got}, which this model has never seen: write it with {self.alphabet[:40]!r}"
+                )
+            row[: len(plain)] = torch.tensor(self.ids(text))
+        return ids
+
+    def text(self, ids: list[int]) -> str:
+        """The text of ids up to END; what is no character (a mask) is left out."""
+        ids = ids[: ids.index(END)] if END in ids else ids
+        characters = [self.alphabet[i - 1].replace(ANSWER, "####") for i in ids if i < self.V]
+        return (" " if self.bare else "").join(characters)
+
+    def decode(self, ids: Tensor) -> list[str]:
+        return [self.text(row) for row in ids.tolist()]
+
+
+# -- the grammar -------------------------------------------------------------------------------------------
+# A review has four sentences on four different subjects, good or bad, and a close. Its rating is 1 + the
+# number of good ones, and the close says it too.
+
+# fmt: off
+SUBJECTS = {  # what is said of each, good and bad
+    "the room": (["spotless", "large and quiet", "bright", "very comfortable"],
+                 ["dirty", "tiny and loud", "dark", "falling apart"]),
+    "the staff": (["friendly", "helpful at all hours", "polite", "very kind"],
+                  ["rude", "never at the desk", "careless", "very slow"]),
+    "breakfast": (["fresh", "generous", "delicious", "worth getting up for"],
+                  ["stale", "cold", "poor", "not worth the money"]),
+    "the location": (["perfect", "close to everything", "quiet and green", "ideal for the beach"],
+                     ["far from everything", "noisy", "hard to find", "unsafe at night"]),
+    "the pool": (["clean", "warm", "heated and huge", "a joy for the children"],
+                 ["closed", "freezing", "crowded", "full of leaves"]),
+    "the price": (["fair", "a bargain", "low for the season", "very good"],
+                  ["far too high", "a rip off", "higher than promised", "absurd"]),
+}
+CLOSES = ["never again.", "we would not come back.", "it was just about all right.", "we would come back.",
+          "we cannot wait to return!"]
+# fmt: on
+ADVERBS = ["", "really ", "always ", "simply "]
+
+
+def grammar_review(rng: random.Random, rating: int) -> str:
+    """A review of the grammar with a rating in 1..5."""
+    good = rng.sample([True] * (rating - 1) + [False] * (5 - rating), 4)
+    said = []
+    for subject, is_good in zip(rng.sample(list(SUBJECTS), 4), good, strict=True):
+        words = SUBJECTS[subject][0 if is_good else 1]
+        said.append(f"{subject} was {rng.choice(ADVERBS)}{rng.choice(words)}.")
+    return " ".join([*said, CLOSES[rating - 1]])
+
+
+def grammar_rating(text: str) -> int | None:
+    """The rating 1..5 of a review, or None where the grammar does not accept it."""
+    *said, close = re.findall(r"[^.!]+[.!]", text) or [""]
+    if "".join([*said, close]) != text or close.strip() not in CLOSES:
+        return None
+    verdicts = [_is_good(*sentence.strip()[:-1].partition(" was ")[::2]) for sentence in said]
+    subjects = Counter(sentence.strip().partition(" was ")[0] for sentence in said)
+    if None in verdicts or not len(verdicts) == len(subjects) == 4:
+        return None
+    rating = 1 + sum(verdicts)
+    return rating if CLOSES[rating - 1] == close.strip() else None
+
+
+def _is_good(subject: str, words: str) -> bool | None:
+    """Whether these words are good ones of the subject; None where they are no words of it."""
+    good, bad = SUBJECTS.get(subject, ([], []))
+    for adverb in ADVERBS:
+        if words.startswith(adverb) and words[len(adverb) :] in good + bad:
+            return words[len(adverb) :] in good
+    return None

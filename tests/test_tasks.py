@@ -1,0 +1,359 @@
+"""tasks.py: problems and checks, files, characters as tokens, answers and their scores, the grammar."""
+
+import json
+import random
+import re
+
+import pytest
+from conftest import ROOT
+
+import metrics
+from tasks import (
+    ANSWER,
+    CLOSES,
+    END,
+    SUBJECTS,
+    TASKS,
+    Tokens,
+    addition,
+    grammar_rating,
+    grammar_review,
+    is_test_problem,
+    load_problems,
+    make_problems,
+    multiplication,
+)
+from training import UserError
+
+SHARED = ROOT.parent / "shared"
+
+
+def numbers_in(text):
+    """The numbers of a question or an answer, as Python reads them."""
+    return [int(digits.replace(" ", "")[::-1]) for digits in re.findall(r"\d(?: \d)*", text)]
+
+
+# -- tasks -----------------------------------------------------------------------------------------------
+
+
+def test_problems_by_hand():
+    assert multiplication(321, 45, (3, 2)) == ("1 2 3 * 5 4", ["5 0 6 1", "+ 0 4 8 2 1", "#### 5 4 4 4 1"])
+    assert multiplication(2365, 4347, (4, 4))[1][1] == "+ 0 0 6 4 9 0 ( 5 5 1 1 1 1 )"
+    assert addition([7, 8, 9], 1) == ("7 + 8 + 9", ["5 1", "#### 4 2"])
+    assert addition([99, 15, 90], 2) == ("9 9 + 5 1 + 0 9", ["4 1 1", "#### 4 0 2"])
+
+
+@pytest.mark.parametrize("n", [4, 5])
+def test_multiplications_are_those_of_the_papers_files(n):
+    path = SHARED / f"data/{n}by{n}_mult/valid.txt"
+    if not path.exists():
+        pytest.skip("the shared data is not here")
+    for line in path.read_text().splitlines():
+        question, thoughts = multiplication(*numbers_in(line.split("||")[0]), (n, n))
+        assert f"{question}||{' '.join(thoughts)}" == line
+        assert TASKS["mult"].check(question, line.split("####")[1])
+
+
+@pytest.mark.parametrize(
+    "task, digits", [("sums", (1, 1)), ("adds", (3, 1)), ("mult", (3, 2)), ("mult", (1, 4))]
+)
+def test_a_check_accepts_what_python_computes_and_nothing_near(task, digits):
+    rng, check = random.Random(1), TASKS[task].check
+    for _ in range(200):
+        question, thoughts = TASKS[task].make(rng, digits, 4)
+        numbers, answer = numbers_in(question), thoughts[-1].removeprefix("####")
+        assert [len(str(n)) for n in numbers] == (
+            [digits[0], digits[1]] if task == "mult" else [digits[0]] * 4
+        )
+        true = numbers[0] * numbers[1] if task == "mult" else sum(numbers)
+        assert numbers_in(answer) == [true]
+        assert check(question, answer)
+        assert check(question, answer.replace(" ", ""))
+        for wrong in (true + 1, true - 1, true + 10, true * 10):
+            assert not check(question, str(wrong)[::-1])
+
+
+def test_the_thoughts_of_a_sum_are_its_running_totals():
+    question, thoughts = TASKS["adds"].make(random.Random(0), (3, 1), 5)
+    numbers = numbers_in(question)
+    assert [numbers_in(t)[0] for t in thoughts] == [sum(numbers[:i]) for i in range(2, 6)]
+
+
+@pytest.mark.parametrize("answer", ["", "+", "1 2 +", "1 2 -", "abc", "-5"])
+def test_a_check_cannot_read_what_is_no_number(answer):
+    with pytest.raises(ValueError):
+        TASKS["mult"].check("1 2 * 3 4", answer)
+
+
+# -- splits ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "task, digits, terms, space",
+    [
+        ("sums", (1, 1), 3, 1000),
+        ("adds", (1, 1), 3, 729),
+        ("mult", (2, 1), 3, 810),
+        ("mult", (4, 4), 3, 81e6),
+    ],
+)
+def test_splits_are_disjoint_and_hold_no_question_twice(task, digits, terms, space):
+    problems = make_problems(task, digits, terms, 300)
+    train, test = set(problems.question), set(problems.question_test)
+    assert len(train) == len(problems.question) == len(problems.thoughts) == 300
+    assert len(test) == len(problems.question_test) == len(problems.thoughts_test)
+    assert not train & test
+    assert len(test) == 2000 or abs(len(test) - space / 10) < 30
+
+
+def test_problems_repeat_and_more_of_them_never_hold_a_test_question():
+    problems = make_problems("mult", (3, 2), 2, 300)
+    assert problems == make_problems("mult", (3, 2), 2, 300)
+    assert problems.checksum() != make_problems("mult", (3, 2), 2, 301).checksum()
+    assert not set(make_problems("mult", (3, 2), 2, 2000).question) & set(problems.question_test)
+    assert all(map(is_test_problem, problems.question_test))
+
+
+def test_a_tenth_of_all_questions_is_held_out():
+    held_out = [is_test_problem(f"{i} + {j}") for i in range(200) for j in range(100)]
+    assert sum(held_out) / len(held_out) == pytest.approx(0.1, abs=0.005)
+
+
+def test_a_task_with_few_problems_gives_all_of_them():
+    problems = make_problems("sums", (1, 1), 2, 50_000)
+    assert len(problems.question) + len(problems.question_test) == 100
+
+
+def test_a_task_of_ones_own_is_one_entry(monkeypatch):
+    def make(rng, digits, terms):
+        word = "".join(rng.choice("ab") for _ in range(terms))
+        return word, [f"#### {word[::-1]}"]
+
+    monkeypatch.setitem(
+        TASKS, "turn", type(TASKS["sums"])(make, lambda question, answer: answer == question[::-1])
+    )
+    problems = load_problems("turn", terms=6, n=20)
+    assert problems.check(problems.question_test[0], problems.thoughts_test[0][0].removeprefix("#### "))
+
+
+# -- files -----------------------------------------------------------------------------------------------
+
+
+def row(i, j):
+    """A problem as GSM8K has it, with one equation or two."""
+    steps = f"He has {i}+{j}=<<{i}+{j}={i + j}>>{i + j}.\nThat is all.\n" + f"<<{i}*1={i}>>So.\n" * (i % 2)
+    return dict(question=f"Tom has {i} pens and buys {j}. How many?", answer=f"{steps}#### {i + j:,}")
+
+
+GSM = [row(i, 995 + i % 4) for i in range(60, 100)]
+
+
+def write_jsonl(path, rows=GSM):
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n", encoding="utf-8")
+    return path
+
+
+def test_thoughts_are_equations_or_lines(tmp_path):
+    path = str(write_jsonl(tmp_path / "gsm.jsonl"))
+    equations, text = load_problems(path), load_problems(path, form="text")
+    assert ["<<60+995=1055>>", "#### 1,055"] in equations.thoughts + equations.thoughts_test
+    assert ["He has 60+995=1055.", "That is all.", "#### 1,055"] in text.thoughts + text.thoughts_test
+    assert {len(t) for t in equations.thoughts} == {2, 3}
+    assert {len(t) for t in text.thoughts} == {3, 4}
+
+
+def test_of_a_single_file_a_tenth_is_held_out_and_of_training_problems_n_are_kept(tmp_path):
+    problems = load_problems(str(write_jsonl(tmp_path / "gsm.jsonl")))
+    assert len(problems.question) + len(problems.question_test) == 40
+    assert not set(problems.question) & set(problems.question_test)
+    assert load_problems(str(tmp_path / "gsm.jsonl"), n=5).question == problems.question[:5]
+
+
+def test_a_folder_has_its_own_splits_and_what_both_hold_is_only_tested(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", GSM[:30])
+    write_jsonl(tmp_path / "test.jsonl", GSM[25:])
+    problems = load_problems(str(tmp_path))
+    assert (len(problems.question), len(problems.question_test)) == (25, 15)
+
+
+def test_lines_of_text_are_read_as_their_owner_means_them(tmp_path):
+    """A mark at the start of the file, empty lines, bars in the question, a line separator of Unicode."""
+    lines = [f"Tom has {i} pens\u2028(a||b)?||<<16-3-4=9>> <<9*2=18>> #### 1 8" for i in range(40)]
+    (tmp_path / "p.TXT").write_text("\ufeff" + "\n\n".join(lines) + "\n\n", encoding="utf-8")
+    problems = load_problems(str(tmp_path / "p.TXT"))
+    assert len(problems.question) + len(problems.question_test) == 40
+    assert set(map(tuple, problems.thoughts)) == {("<<16-3-4=9>>", "<<9*2=18>>", "#### 1 8")}
+    questions = problems.question + problems.question_test
+    assert {question[:7] for question in questions} == {"Tom has"}
+    assert {question[-7:] for question in questions} == {"(a||b)?"}
+
+
+def test_the_files_of_others_are_read():
+    folder = SHARED / "field"
+    if not folder.exists():
+        pytest.skip("the shared files are not here")
+    for name in (
+        "bom",
+        "crlf",
+        "UPPER",
+        "blank_between",
+        "trailing_blank",
+        "formfeed",
+        "u2028",
+        "double_bar",
+    ):
+        path = next(folder.glob(f"42_icot/{name}.*"))
+        problems = load_problems(str(path))
+        assert len(problems.question) + len(problems.question_test) == 120, name
+
+
+@pytest.mark.parametrize(
+    "rows, wanted",
+    [
+        ([*GSM[:3], dict(question="How?", answer="I do not know.")], "row 4: no '#### number'"),
+        ([*GSM[:3], dict(question="", answer="#### 3")], "row 4: question is ''"),
+        ([dict(prompt="x", answer="#### 3")], "row 1: question is None"),
+        ([dict(question="How?", answer=3)], "row 1: answer is 3"),
+        ([*GSM, dict(question="x" * 1001, answer="#### 3")], "row 41: 1001 characters in the question"),
+        (
+            [*GSM, dict(question="How?", answer="<<1>>" * 16 + "#### 3")],
+            "row 41: 4 characters in the question and 17",
+        ),
+        (GSM[:1], "both must be at least 1"),
+        (
+            [dict(question=f"{i}?", answer=f"So.\n#### {i}") for i in range(30)],
+            "no <<equation>> in any answer",
+        ),
+    ],
+)
+def test_a_row_that_is_no_problem_is_named(rows, wanted, tmp_path):
+    path = write_jsonl(tmp_path / "gsm.jsonl", rows)
+    with pytest.raises(UserError, match=re.escape(wanted)) as error:
+        load_problems(str(path))
+    assert "gsm.jsonl" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "dataset, wanted",
+    [
+        ("sudoku", "no data set 'sudoku'; without a network use --dataset sums"),
+        ("no.txt", "no file no.txt; without a network use --dataset sums"),
+        ("no.jsonl", "no file no.jsonl"),
+        (".", "no file train.jsonl"),
+        ("gsm8k", "could not be had from the hub"),
+    ],
+)
+def test_what_is_not_there_is_named(dataset, wanted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=re.escape(wanted)):
+        load_problems(dataset)
+
+
+# -- tokens ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "alphabet, texts",
+    [
+        ("*0123456789" + ANSWER, ["1 2 3 * 5", "#### 9", ""]),
+        (" 012345678=<>" + ANSWER, ["<<1 =  3>>", "#### 3", ""]),
+    ],
+)
+def test_texts_come_back_from_their_ids(alphabet, texts):
+    tokens = Tokens(alphabet)
+    ids = tokens.encode(texts, 12)
+    assert ids.shape == (3, 12)
+    assert ids.min() >= 0
+    assert ids.max() < tokens.V
+    assert tokens.decode(ids) == texts
+
+
+def test_a_text_ends_where_END_is_and_a_mask_is_no_character():
+    tokens = Tokens("abc")
+    assert tokens.text([1, tokens.V, 2, END, 3]) == "a b"
+
+
+@pytest.mark.parametrize(
+    "text, wanted", [("1" * 13, "13 characters, but this model takes at most 12"), ("x", "has 'x'")]
+)
+def test_a_text_that_does_not_fit_is_refused(text, wanted):
+    with pytest.raises(UserError, match=wanted):
+        Tokens(" 1").encode([text], 12)
+
+
+# -- answers: the part of metrics.py that reads chains ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "chain, answer",
+    [
+        (["<<1+2=3>>", "#### 3"], "3"),
+        (["#### 1,234"], "1234"),
+        (["#### -5 "], "-5"),
+        (["#### 8 3 0"], "830"),
+        (["  #### 0.5"], "0.5"),
+        ([], None),
+        ([""], None),
+        (["3"], None),
+        (["####"], None),
+        (["### 3"], None),
+        (["3 #### 3"], None),
+        (["#### 3", "4"], None),
+    ],
+)
+def test_answers_are_read_or_missing(chain, answer):
+    assert metrics.answer_of(chain) == answer
+
+
+@pytest.mark.parametrize(
+    "answers, elected",
+    [(["3", "4", "4", None, None, None], "4"), (["3", "4"], "3"), ([None, None], None), ([], None)],
+)
+def test_the_most_frequent_answer_is_elected(answers, elected):
+    assert metrics.majority(answers) == elected
+
+
+def test_scores_count_what_is_missing_or_malformed_as_wrong():
+    truth = [["1 2", "3", "#### 4"]] * 5
+    chains = [["12", "3", "#### 4"], ["1 2", "7", "#### 4"], ["1 2", "3"], [], ["#### 4"]]
+    scores = metrics.score_chains(chains, ["?"] * 5, truth)
+    assert scores == dict(answer=0.6, chain=0.2, unended=0.4, thoughts=[0.6, 0.4, 0.4])
+
+
+def test_an_answer_is_right_by_the_check_of_its_task_where_it_has_one():
+    questions, truth = ["1 * 2", "1 * 2", "1 * 2", "1 * 2"], [["#### 2"]] * 4
+    chains = [["#### 2"], ["#### 2 0"], ["#### *"], ["2"]]  # 20 is 02, the least significant digit first
+    check = TASKS["mult"].check
+    assert metrics.score_chains(chains, questions, truth, check)["answer"] == 0.5
+    assert metrics.score_chains(chains, questions, truth)["answer"] == 0.25
+
+
+# -- the grammar -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rating", [1, 2, 3, 4, 5])
+def test_reviews_are_accepted_with_their_rating(rating):
+    rng = random.Random(rating)
+    for _ in range(200):
+        review = grammar_review(rng, rating)
+        assert grammar_rating(review) == rating
+        good = [word for words, _ in SUBJECTS.values() for word in words]
+        said = review.split(". ")[:4]
+        assert sum(any(sentence.endswith(word) for word in good) for sentence in said) == rating - 1
+
+
+def test_what_the_grammar_does_not_write_is_not_accepted():
+    rng = random.Random(0)
+    for _ in range(100):
+        review = grammar_review(rng, 3)
+        first, second, third, fourth, close = re.findall(r"[^.!]+[.!]", review)
+        assert (
+            grammar_rating(first + second + third + fourth + " " + CLOSES[1]) is None
+        )  # the close of another
+        assert grammar_rating(first + second + third + close) is None
+        assert grammar_rating(first + second + third + " " + first + close) is None  # a subject twice
+        assert grammar_rating(review.replace(" was ", " was not ", 1)) is None
+        assert grammar_rating(review.replace(" was ", " is ", 1)) is None
+        assert grammar_rating(review + " so.") is None
+        assert grammar_rating(review[:-1]) is None
+    assert grammar_rating("") is None
