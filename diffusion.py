@@ -292,8 +292,7 @@ def unmask(
 ):
     """Yield xt (B, k) after every step: what is masked in it becomes known, what is known stays.
 
-    steps: evaluations of the denoiser; each makes known at least one token of each sequence that has any
-    left, so never more than there are. order: "confident" keeps the tokens that the denoiser is surest of
+    steps: evaluations of the denoiser, at most; each makes known at least one token of some sequence. order: "confident" keeps the tokens that the denoiser is surest of
     (MaskGIT section 3.2), "random" any (MDLM eq. 7). temperature: of the tokens' distribution; 0 takes the
     likeliest. generator: one on the CPU gives the same draws on any device.
     """
@@ -308,13 +307,9 @@ def unmask(
         if torch.equal(left, before):
             continue  # no token would become known
         logits = model(xt, masked.float().mean(1), y).float()
-        noisy = logits
-        if temperature:
-            noisy = logits - temperature * (-rand(*logits.shape).clamp(min=1e-9).log()).log()  # Gumbel noise
-        p, x0 = logits.softmax(-1).max(-1)
-        if temperature:
-            x0 = noisy.argmax(-1)
-            p = logits.softmax(-1).gather(-1, x0[..., None])[..., 0]
+        noise = -(-rand(*logits.shape).clamp(min=1e-9).log()).log() if temperature else 0.0  # Gumbel's
+        x0 = (logits + temperature * noise).argmax(-1)
+        p = logits.softmax(-1).gather(-1, x0[..., None])[..., 0]
         sure = p if order == "confident" else rand(*p.shape)
         rank = sure.masked_fill(~masked, math.inf).argsort(1).argsort(1)
         x0 = torch.where(masked, x0, xt)
@@ -334,8 +329,7 @@ def zero(layer):
 
 
 def sinusoid(t: Tensor, dim: int) -> Tensor:
-    """Sines and cosines (..., dim) of steps or positions t (...), wavelengths 2 pi to 2 pi 10,000. DDPM app.
-    B."""
+    """Sines and cosines (..., dim) of steps or positions t (...), wavelengths 2 pi to 20,000 pi. DDPM B."""
     freq = torch.exp(torch.arange(dim // 2, device=t.device) * (-math.log(10_000) / (dim // 2)))
     angle = t[..., None].float() * freq
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
@@ -405,12 +399,11 @@ class UNet(nn.Module):
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         above = channels[0]
         for c, n in zip(channels, blocks, strict=True):
-            first = len(self.down) == 0
-            shrink = nn.Identity() if first else nn.Conv2d(above, c, 3, stride=2, padding=1)
-            # The 1x1 convolution comes before the upsampling: few channels up there.
-            grow = (
-                nn.Identity() if first else nn.Sequential(nn.Conv2d(c, above, 1), nn.Upsample(scale_factor=2))
-            )
+            shrink, grow = nn.Identity(), nn.Identity()
+            if self.down:
+                shrink = nn.Conv2d(above, c, 3, stride=2, padding=1)
+                # The 1x1 convolution comes before the upsampling: few channels up there.
+                grow = nn.Sequential(nn.Conv2d(c, above, 1), nn.Upsample(scale_factor=2))
             self.down.append(nn.ModuleList([shrink, *(ResBlock(c, c, D) for _ in range(n))]))
             self.up.insert(0, nn.ModuleList([*(ResBlock(2 * c, c, D) for _ in range(n)), grow]))
             above = c
@@ -444,8 +437,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k' / sqrt(d)) v of q (B, heads, L, d) and k, v (B, heads, M, d), where mask is True."""
     if q.device.type == "cuda":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    # On a CPU, at these lengths, the backward pass of torch's fused attention takes three times as long in
-    # bf16.
+    # On a CPU, at these lengths and in bf16, the backward pass of torch's takes three times as long.
     a = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     a = a if mask is None else a.masked_fill(~mask, -1e9)
     return a.softmax(-1).to(v.dtype) @ v
@@ -473,10 +465,7 @@ class Block(nn.Module):
         x = self.qkv(modulate(h, scale1, shift1)).unflatten(2, (3, self.heads, -1))
         q, k, v = x.permute(2, 0, 3, 1, 4)  # (B, heads, L, D/heads)
         if past is not None:
-            k, v = (
-                torch.cat([past[0], k], dim=2),
-                torch.cat([past[1], v], dim=2),
-            )  # (B, heads, P + L, D/heads)
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)  # (B, heads, P + L, ...)
         mask = mask if mask is None else mask[..., wanted, :]
         x = attention(q[:, :, wanted], k, v, mask).transpose(1, 2).flatten(2)
         h = h[:, wanted] + gate1 * self.out(x)
@@ -510,10 +499,9 @@ class Body(nn.Module):
 
 
 class ImageTransformer(nn.Module):
-    """Denoiser of images (B, C, H, W) cut into patches of side p, of any size that p divides (else
-    ValueError).
+    """Denoiser of images (B, C, H, W) cut into patches of side p, of any size that p divides.
 
-    D: width, divisible by 4 * heads. classes: number of labels, 0 for none.
+    D: width, divisible by 4 * heads. classes: number of labels, 0 for none. ValueError for other sides.
     """
 
     def __init__(self, image_channels: int, D=192, depth=6, p=2, classes=0, heads=4):
@@ -525,9 +513,8 @@ class ImageTransformer(nn.Module):
         if xt.shape[-2] % self.p or xt.shape[-1] % self.p:
             raise ValueError(f"image sides must be divisible by {self.p}, got {tuple(xt.shape[-2:])}")
         x = F.pixel_unshuffle(xt, self.p)  # (B, C p^2, H/p, W/p)
-        row, column = (
-            sinusoid(torch.arange(n, device=x.device), self.inp.out_features // 2) for n in x.shape[2:]
-        )
+        half = self.inp.out_features // 2
+        row, column = (sinusoid(torch.arange(n, device=x.device), half) for n in x.shape[2:])
         place = torch.cat(torch.broadcast_tensors(row[:, None], column[None]), dim=-1)  # (H/p, W/p, D)
         h = (self.inp(x.permute(0, 2, 3, 1)) + place).flatten(1, 2)  # (B, L, D)
         out, _ = self.body(h, F.silu(self.embed(t, y))[:, None], h.shape[1])

@@ -122,7 +122,7 @@ class TextVAE(Reader):
         span=1,
         pool="mean",
         variance="fixed",
-        noise=0.1,
+        noise=0.15,
         beta=0.0,
         p_max=0.3,
     ):

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 import data
 from bench import text
 from bench.gpt import LabelGPT, QuestionGPT, mean_nats
-from training import UserError
+from training import UserError, load_checkpoint
 from vae import TextVAE, small_backbones, small_gpt
 
 CPU = torch.device("cpu")
@@ -108,6 +108,12 @@ def test_a_gpt2_that_cannot_be_had_is_a_user_error():
         text.load_gpt2(CPU, "gpt2-not-here")
 
 
+def labels_learned(path):
+    """Whether a training step has changed what the GPT-2 knows of a class."""
+    state = load_checkpoint(path, "textgen")
+    return not torch.equal(state["model"]["label.weight"][1:], state["ema"]["label.weight"][1:])
+
+
 def test_the_table_has_a_row_for_each_kind_of_text_and_loads_what_is_trained(cli, tmp_path, monkeypatch):
     texts = data.grammar_texts()
     few = data.Texts(texts.train.take(range(120)), texts.test.take(range(20)), texts.names)
@@ -121,6 +127,8 @@ def test_the_table_has_a_row_for_each_kind_of_text_and_loads_what_is_trained(cli
     kinds = ["samples", "training", "held out", "GPT-2 top-p 0.7", "GPT-2 top-p 0.92", "GPT-2 top-p 1"]
     assert [name for name, _ in rows] == kinds
     assert min(float(perplexity) for _, perplexity in rows) > 1
+    assert labels_learned(tmp_path / "diffusion/baseline/last.pt")
+    assert not labels_learned(tmp_path / "diffusion/judge/last.pt")
     monkeypatch.setattr(text, "Run", lambda *_: pytest.fail("trained again"))
     status, again = cli("bench.text", "--checkpoint", tmp_path / "diffusion/last.pt")
     assert again.splitlines()[-8:] == printed.splitlines()[-8:]

@@ -213,6 +213,12 @@ def test_a_class_that_only_the_test_split_has_is_refused(monkeypatch):
         load_texts("tripadvisor")
 
 
+def test_numbers_as_labels_are_in_their_order(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("\n".join(["text,label", *(f"text {i},{i % 12}" for i in range(60))]))
+    assert load_texts(str(path)).names == [str(i) for i in range(12)]
+
+
 def test_more_than_a_hundred_labels_are_no_classes(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("\n".join(["text,label", *(f"text {i},{i}" for i in range(101))]))

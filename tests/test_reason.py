@@ -109,6 +109,19 @@ def test_many_questions_give_the_chains_of_each(varied):
     assert len(reason.chains_of(cfg, facts, model, q[:1].expand(2001, -1), 0)) == 2001
 
 
+def test_settings_of_sampling_reach_the_chain(varied):
+    cfg, facts, model, problems = varied
+    q, last = questions_of(facts, problems, 3), {}
+    for name, value in [("steps", 2), ("steps", 5), ("order", "random"), ("temperature", 1.0)]:
+        asked = dataclasses.replace(cfg, **{name: value})
+        states, again = (list(reason.think(asked, model, q, seed)) for seed in (0, 1))
+        last[name, value] = states[-1][1]
+        assert len(states) == asked.steps * len(model.layout.widths)
+        assert torch.equal(states[-1][1], again[-1][1]) == (name == "steps")
+    assert not torch.equal(last["steps", 2], last["steps", 5])
+    assert not torch.equal(last["order", "random"], last["temperature", 1.0])
+
+
 def test_a_chain_comes_into_focus_token_by_token(varied):
     cfg, facts, model, problems = varied
     first, *states, last = reason.focus(cfg, facts, model, problems.question_test[0])
@@ -420,6 +433,23 @@ def test_a_spoilt_thought_is_followed_by_the_models_own(tmp_path, cli):
         "snapshot 0.5 nothing spoilt",
         "snapshot 0.5 thought 1 spoilt",
     ]
+
+
+def test_of_a_chain_all_is_known_up_to_the_spoilt_digit_and_nothing_behind(tmp_path, cli, monkeypatch):
+    states = []
+
+    def right_after(cfg, facts, model, problems, xt):
+        true = reason.encode(facts, problems.question_test, problems.thoughts_test)
+        states.append(((xt != true) & (xt != model.mask_id), xt == model.mask_id))
+        return 0.0, 0.0
+
+    monkeypatch.setattr(bench, "right_after", right_after)
+    assert cli("bench.reason", *SMALL_BENCH, "--correct", "--out", tmp_path)[0] == 0
+    (nothing, all_masked), (one_digit, later_masked) = states[:2]
+    assert all_masked.tolist() == [[False] * 5 + [True] * 5] * 10
+    assert later_masked.tolist() == [[False] * 7 + [True] * 3] * 10
+    assert not nothing.any()
+    assert one_digit.sum(1).tolist() == [1] * 10
 
 
 def test_one_digit_is_spoilt():

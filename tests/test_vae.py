@@ -84,6 +84,15 @@ def test_latents_of_a_text_do_not_depend_on_its_neighbours_or_padding(span):
         torch.testing.assert_close(alone, together[i], atol=1e-5, rtol=1e-4)
 
 
+def test_latents_depend_on_every_token_also_beyond_their_spans():
+    vae, ids = small().eval(), texts(1)[0]  # nine tokens, and four spans of one state
+    before = vae.encode(ids)[0]
+    for i in range(9):
+        changed = ids.clone()
+        changed[0, i] = (ids[0, i] + 7) % 48 + 2
+        assert (before - vae.encode(changed)[0]).abs().max() > 1e-4
+
+
 def test_substitution_hits_tokens_at_each_texts_rate_and_never_padding():
     ids, rates = torch.randint(0, 1000, (4, 5000)), torch.tensor([0.0, 0.3, 0.7, 1.0])
     ids[:, 4000:] = -100
