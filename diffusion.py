@@ -292,9 +292,10 @@ def unmask(
 ):
     """Yield xt (B, k) after every step: what is masked in it becomes known, what is known stays.
 
-    steps: evaluations of the denoiser, at most; each makes known at least one token of some sequence. order: "confident" keeps the tokens that the denoiser is surest of
-    (MaskGIT section 3.2), "random" any (MDLM eq. 7). temperature: of the tokens' distribution; 0 takes the
-    likeliest. generator: one on the CPU gives the same draws on any device.
+    steps: evaluations of the denoiser, at most; each makes known at least one token of some sequence. order:
+    "confident" keeps the tokens that the denoiser is surest of (MaskGIT section 3.2), "random" any (MDLM eq.
+    7). temperature: of the tokens' distribution; 0 takes the likeliest. generator: one on the CPU gives the
+    same draws on any device.
     """
 
     def rand(*shape) -> Tensor:

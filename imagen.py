@@ -18,7 +18,16 @@ from torch import Tensor
 
 import metrics
 from data import Images, load_images
-from diffusion import SCHEDULES, Diffusion, ImageTransformer, UNet, drop_condition, sample, trajectory
+from diffusion import (
+    SAMPLERS,
+    SCHEDULES,
+    Diffusion,
+    ImageTransformer,
+    UNet,
+    drop_condition,
+    sample,
+    trajectory,
+)
 from training import (
     Run,
     UserError,
@@ -44,7 +53,7 @@ class Config:
     image_size: int | None = None  # scale and crop images to this side; None keeps their own
     # -- diffusion --
     T: int = 1000  # timesteps of the forward process
-    schedule: Literal["cosine", "linear", "flow"] = "cosine"  # noise schedule; flow: rectified flow
+    schedule: Literal[tuple(SCHEDULES)] = "cosine"  # noise schedule; flow: rectified flow
     predict: Literal["v", "x0", "eps", "flow"] = "v"  # what the denoiser's output means; flow: eps - x0
     weight: Literal["min-snr", "plain"] = "min-snr"  # weight of a step's loss
     label_drop: float = 0.1  # share of training labels dropped, for guidance
@@ -63,7 +72,7 @@ class Config:
     ema_decay: float = 0.999  # upper limit of the EMA's decay; it ramps as (1 + step) / (10 + step)
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware has it
     # -- sampling --
-    sampler: Literal["dpm++", "ddim", "ddpm", "heun"] = "dpm++"  # DPM-Solver++(2M), DDIM, DDPM or EDM's Heun
+    sampler: Literal[tuple(SAMPLERS)] = "dpm++"  # DPM-Solver++(2M), DDIM, DDPM or EDM's Heun
     steps: int = 10  # evaluations of the network (two each with guidance)
     guidance: float = 0.0  # classifier-free guidance: 0 off, 1 strong
     score_n: int = 500  # samples of a score, at most as many as training images; 0: none after training

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import metrics
 from data import Codec, Pieces, Texts, cut_texts, load_texts, pretrained_codec, train_codec
-from diffusion import SCHEDULES, Diffusion, LatentTransformer, drop_condition, sample
+from diffusion import SAMPLERS, Diffusion, LatentTransformer, cosine, drop_condition, sample
 from tasks import grammar_rating
 from training import (
     FREE,
@@ -89,7 +89,7 @@ class Config:
     ema_decay: float = 0.999  # upper limit of the EMA's decay; it ramps as (1 + step) / (10 + step)
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware has it
     # -- sampling --
-    sampler: Literal["dpm++", "ddim", "ddpm", "heun"] = "dpm++"  # DPM-Solver++(2M), DDIM, DDPM or Heun
+    sampler: Literal[tuple(SAMPLERS)] = "dpm++"  # DPM-Solver++(2M), DDIM, DDPM or EDM's Heun
     steps: int = 20  # evaluations of the denoiser (two each with guidance)
     guidance: float = 2.0  # classifier-free guidance: 0 off, 1 to 4 strong
     top_p: float = 0.0  # 0: the likeliest token; else one of the smallest set with this probability
@@ -110,9 +110,10 @@ class Config:
 
     @staticmethod
     def recipe(given) -> dict:
-        """The defaults that a size, or at size tiny a data set, has in place of those above."""
-        size = chosen(given.size)
-        return RECIPES.get(given.dataset if size == "tiny" else size, {})
+        """The defaults that a data set, or a size, has in place of those above."""
+        if given.dataset in RECIPES and given.size in ("auto", "tiny"):
+            return RECIPES[given.dataset]
+        return RECIPES.get(chosen(given.size), {})
 
     @property
     def reads_text(self) -> bool:
@@ -153,7 +154,9 @@ RECIPES = {  # what a size or a data set has in place of the defaults; flags ove
     "base": dict(encoder="bert-base-uncased", decoder="gpt2", max_tokens=256, k=16, span=16, latent_noise=0.3)
     | dict(vae_steps=50_000, vae_batch=128, shift=2.0, width=768, depth=12, lr=1e-4)
     | dict(diffusion_steps=100_000, diffusion_batch=256),
-    "grammar": dict(max_tokens=48, k=6, d=128, span=8, pool="concat", p_max=0.3, vae_steps=3500, shift=5.0)
+    "grammar": dict(
+        size="tiny", max_tokens=48, k=6, d=128, span=8, pool="concat", p_max=0.3, vae_steps=3500, shift=5.0
+    )
     | dict(diffusion_steps=8000, diffusion_batch=192, sampler="ddpm", steps=200),
 }
 RECIPES["planner"] = RECIPES["base"] | dict(span=1, variance="learned", beta=1e-5, p_max=0.0)
@@ -291,7 +294,7 @@ def build_denoiser(cfg: Config, facts: dict, vae: TextVAE, device) -> tuple[Diff
     torch.manual_seed(cfg.seed)
     classes = len(facts["names"]) if cfg.condition == "label" else 0
     d_context = vae.encoder.config.hidden_size if cfg.reads_text else 0
-    process = Diffusion(*SCHEDULES["cosine"](T, cfg.shift), "v", "plain", cfg.self_condition)
+    process = Diffusion(*cosine(T, cfg.shift), "v", "plain", cfg.self_condition)
     model = LatentTransformer(cfg.d, cfg.width, cfg.depth, classes, d_context, cfg.self_condition > 0)
     return process.to(device), model.to(device)
 
@@ -553,7 +556,10 @@ def main(cfg: Config) -> None:
         return show_samples(load_writer(cfg, cfg.sample_from, device), out, None)
     if is_main() and not cfg.score_from:
         cuda = "CUDA is here" if torch.cuda.is_available() else "there is no CUDA here"
-        print(f"size {chosen(cfg.size)}: {cuda if cfg.size == 'auto' else 'as asked'}", flush=True)
+        print(
+            f"size {chosen(cfg.size)}: {cuda if cfg.size == 'auto' else 'as a flag or the recipe of the data says'}",
+            flush=True,
+        )
     texts = load_texts(cfg.dataset, cfg.text_column, cfg.label_column, cfg.column)
     if cfg.score_from:
         return score(load_writer(cfg, cfg.score_from, device, texts), texts, out)

@@ -338,21 +338,27 @@ class Run:
                 seed_step(self.cfg.seed, self.step, self.rank)
                 yield self.step, self._batch(n)
                 bar.update()
-                last, stop = self.step == self.max_steps, 0
-                if self.step % self.cfg.log_every == 0 or last or (signals and self.world == 1):
-                    stop = self._log(bar, signals[0] if signals else 0)
-                    last = last or self.seconds >= seconds
-                if self.step % self.cfg.save_every == 0 or last or stop:
-                    self.save()
-                if stop and not last:
-                    bar.close()
-                    self._say_stopped(stop)
-                    sys.exit(128 + stop)
+                self._after_step(bar, signals, seconds)
         finally:
             if bar is not None:
                 bar.close()
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _after_step(self, bar, signals: list[int], seconds: float) -> None:
+        """Log and save where it is time for it; where a signal came, save, say how to go on, and exit."""
+        last, stop = self.step == self.max_steps, 0
+        if self.step % self.cfg.log_every == 0 or last or (signals and self.world == 1):
+            stop = self._log(bar, signals[0] if signals else 0)
+            last = last or self.seconds >= seconds
+        if self.step % self.cfg.save_every == 0 or last or stop:
+            self.save()
+        if stop and not last:
+            bar.close()
+            if self.main:
+                how = "saved; add --resume to the command to go on"
+                print(f"stopped by {signal.Signals(stop).name} at step {self.step}, {how}", flush=True)
+            sys.exit(128 + stop)
 
     def update(self, loss: Tensor) -> None:
         """One optimizer step on a scalar loss: backward, clip the gradient's norm to 1, AdamW with linear
@@ -477,8 +483,3 @@ class Run:
                 progress = f"step {self.step}/{self.max_steps}  loss {loss:.4f}"
                 print(f"{progress}  {rate:.1f} steps/s  {left:.0f} s left", flush=True)
         return stop
-
-    def _say_stopped(self, number: int) -> None:
-        if self.main:
-            how = "saved; add --resume to the command to go on"
-            print(f"stopped by {signal.Signals(number).name} at step {self.step}, {how}", flush=True)
