@@ -239,8 +239,9 @@ def train(cfg: Config, device: torch.device) -> None:
         files += [run.curve(), out / "log.csv", out / "last.pt"]
         print(f"trained {run.seconds:.0f} s; wrote " + ", ".join(map(str, files)))
         try:
-            score(cfg, process, run.ema, images, device)
-        except UserError as error:
+            if cfg.score_n:
+                score(cfg, process, run.ema, images, device)
+        except UserError as error:  # of data without classes there is a run, but no score
             print(f"not scored: {error}")
         print(f"sample again: python imagen.py --sample_from {shlex.quote(str(out / 'last.pt'))}")
 

@@ -555,11 +555,9 @@ def main(cfg: Config) -> None:
     if cfg.sample_from:
         return show_samples(load_writer(cfg, cfg.sample_from, device), out, None)
     if is_main() and not cfg.score_from:
-        cuda = "CUDA is here" if torch.cuda.is_available() else "there is no CUDA here"
-        print(
-            f"size {chosen(cfg.size)}: {cuda if cfg.size == 'auto' else 'as a flag or the recipe of the data says'}",
-            flush=True,
-        )
+        why = "CUDA is here" if torch.cuda.is_available() else "there is no CUDA here"
+        why = why if cfg.size == "auto" else "as a flag or the recipe of the data says"
+        print(f"size {chosen(cfg.size)}: {why}", flush=True)
     texts = load_texts(cfg.dataset, cfg.text_column, cfg.label_column, cfg.column)
     if cfg.score_from:
         return score(load_writer(cfg, cfg.score_from, device, texts), texts, out)

@@ -17,7 +17,7 @@ SIZE = {
     "reason.py": [*SMALL_REASON, "--max_steps", "2", "--score_n", "8"],
     "bench.images": "--dataset digits --rounds 1 --round_steps 1 --seconds 0.2 --score_n 40".split(),
     "bench.text": "--rounds 1 --round_steps 1".split(),
-    "bench.reason": "--digits 2 1 --seconds 0.2 --score_n 8".split(),
+    "bench.reason": "--seconds 0.2 --run.digits 2 1 --run.batch_size 8 --run.score_n 8".split(),
 }
 
 
