@@ -59,7 +59,7 @@ class TokenTransformer(nn.Module):
         for name in ("owner", "place", "see"):
             self.register_buffer(f"layout_{name}", getattr(layout, name), persistent=False)
 
-    def forward(self, xt: Tensor, t: Tensor | None, y: Tensor) -> Tensor:
+    def forward(self, xt: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return self.read(xt, y, self.layout_place, self.layout_see)[0]
 
     def read(self, xt: Tensor, clean: Tensor, place: Tensor, see: Tensor | None, cache=None):
@@ -69,8 +69,8 @@ class TokenTransformer(nn.Module):
         """
         n = xt.shape[1]
         h = torch.cat([self.clean(clean), self.token(xt)], dim=1) + self.place(place)  # (B, m + n, D)
-        zero = torch.zeros(1, 1, dtype=torch.long, device=h.device)
-        emb = F.silu(self.level(zero))  # (1, 1, D)
+        clean_step = torch.zeros(1, 1, dtype=torch.long, device=h.device)
+        emb = F.silu(self.level(clean_step))  # (1, 1, D)
         out, seen = self.body(h, emb, n, see, cache)
         return out, [(keys[:, :, :-n], values[:, :, :-n]) for keys, values in seen]
 

@@ -1,7 +1,6 @@
 """Images and texts, from a disk or a hub, become tensors: training and test split, whole in memory."""
 
 import hashlib
-import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,25 +176,21 @@ class Texts:
     test: Split
     names: list[str]
 
-    def checksum(self) -> str:
-        """Twelve digits that change with the training texts."""
-        parts = [*self.train.x, *self.train.c, *map(str, self.train.y), *self.names]
+    def checksum(self, conditions: bool = True) -> str:
+        """Twelve digits that change with the training texts, their labels and, if asked, their conditions."""
+        parts = [*self.train.x, *(self.train.c if conditions else []), *map(str, self.train.y), *self.names]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
 def load_texts(dataset: str, text_column=None, label_column=None, condition_column=None) -> Texts:
-    """The texts of `dataset`: grammar, tripadvisor, another hub name, or the path of a file.
+    """The texts of `dataset`: tripadvisor, another hub name, or the path of a csv, jsonl, parquet or txt.
 
-    grammar is made here; a file is a csv, jsonl, parquet or txt. The columns of texts and labels are guessed
+    The columns of texts and labels are guessed
     from common names unless given; without a condition_column there are no conditions. A split "test" is
     kept as it is; otherwise every tenth text of a seeded shuffle is held out. Raises UserError for an unknown
     or unreachable data set, a missing column, an empty or non-UTF-8 text (with its row), or a label that is
     missing or has too many values.
     """
-    if dataset == "grammar":
-        if condition_column:
-            raise UserError(f"the grammar has no column {condition_column}: use --condition label or prefix")
-        return grammar_texts()
     tables, where = rows(dataset), Path(dataset).name
     if "train" not in tables:
         raise UserError(f"{where} has no split train, only {', '.join(tables)}; choose another data set")
@@ -219,16 +214,6 @@ def need_column(where: str, columns: list[str], flag: str, column: str | None) -
     if column not in columns and (column or flag == "text_column"):
         what = f"no column {column or 'of text'}; it has {', '.join(columns)}"
         raise UserError(f"{where} has {what}: name one with --{flag}")
-
-
-def grammar_texts() -> Texts:
-    """6,000 reviews of the grammar, which are always the same."""
-    from tasks import grammar_review  # here, since tasks.py itself reads files by `rows`
-
-    rng = random.Random(0)
-    y = [rng.randrange(5) for _ in range(6000)]
-    x = [grammar_review(rng, label + 1) for label in y]
-    return hold_out_texts(Split(x, y, [""] * len(x)), ["1", "2", "3", "4", "5"])
 
 
 def rows(dataset: str, offline: str = OFFLINE_TEXT):

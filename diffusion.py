@@ -1,5 +1,4 @@
-"""Diffusion: noise is put on, a network learns to take it off, and what it learned makes new data out of
-noise.
+"""Noise is put on, a network learns to take it off, and what it learned makes new data out of noise.
 
 Gaussian noise on vectors: xt = a[t] x0 + s[t] eps for t = 0..T, where t = 0 is clean and t = T is noise.
 Masks on tokens: at t in [0, 1] each token is MASK with probability t. A denoiser is any model(xt, t, y).
@@ -23,8 +22,7 @@ from torch import Tensor, nn
 
 
 def variance_preserving(alpha_bar: Tensor, shift: float = 1.0) -> tuple[Tensor, Tensor]:
-    """a and s of alpha_bar (T + 1,), with the signal-to-noise ratio divided by shift^2. Simple diffusion eq.
-    4."""
+    """a and s of alpha_bar (T + 1,), its signal-to-noise ratio divided by shift^2. Simple diffusion eq. 4."""
     alpha_bar = alpha_bar / (alpha_bar + shift**2 * (1 - alpha_bar))
     return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
@@ -237,10 +235,10 @@ def trajectory(
         guess = (x0,) if process.self_condition else ()
         return x0
 
-    step, spacing = SAMPLERS[sampler]
+    method, spacing = SAMPLERS[sampler]
     ts = spacing(process, steps)
     xt = math.hypot(process.a[ts[0]], process.s[ts[0]]) * noise()  # as data of variance 1 would be there
-    yield from step(process, x0_of, xt, ts, noise)
+    yield from method(process, x0_of, xt, ts, noise)
 
 
 def sample(process, model, shape, y=None, **settings) -> Tensor:
@@ -251,14 +249,10 @@ def sample(process, model, shape, y=None, **settings) -> Tensor:
 
 
 def drop_condition(y, p: float):
-    """The condition y with each sample's label and context removed with probability p. CFG Alg. 1."""
-    if y is None or p == 0:
-        return y
-    labels, context, mask = y if isinstance(y, tuple) else (y, None, None)
-    some = mask if labels is None else labels
-    drop = torch.rand(len(some), device=some.device) < p  # (B,)
-    labels = None if labels is None else labels.masked_fill(drop, -1)
-    return (labels, context, mask & ~drop[:, None]) if isinstance(y, tuple) else labels
+    """y, labels (B,) or (context, mask), with each sample's taken away with probability p. CFG Alg. 1."""
+    of = y[1] if isinstance(y, tuple) else y
+    drop = torch.rand(len(of), device=of.device) < p  # (B,)
+    return (y[0], of & ~drop[:, None]) if isinstance(y, tuple) else of.masked_fill(drop, -1)
 
 
 # -- the masked process ----------------------------------------------------------------------------------
@@ -460,16 +454,16 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
         self.ada = zero(nn.Linear(D, 6 * D))
 
-    def forward(self, h: Tensor, emb: Tensor, mask: Tensor | None, past, wanted=slice(None)):
-        """The positions `wanted` of h (B, L, D), and the keys and values of all; for the rest see `Body`."""
+    def forward(self, h: Tensor, emb: Tensor, mask: Tensor | None, past, n: int):
+        """The last n positions of h (B, L, D), and the keys and values of all; for the rest see `Body`."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.ada(emb).chunk(6, dim=-1)  # (B or 1, 1, D)
         x = self.qkv(modulate(h, scale1, shift1)).unflatten(2, (3, self.heads, -1))
         q, k, v = x.permute(2, 0, 3, 1, 4)  # (B, heads, L, D/heads)
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)  # (B, heads, P + L, ...)
-        mask = mask if mask is None else mask[..., wanted, :]
-        x = attention(q[:, :, wanted], k, v, mask).transpose(1, 2).flatten(2)
-        h = h[:, wanted] + gate1 * self.out(x)
+        mask = mask if mask is None else mask[..., -n:, :]
+        x = attention(q[:, :, -n:], k, v, mask).transpose(1, 2).flatten(2)
+        h = h[:, -n:] + gate1 * self.out(x)
         return h + gate2 * self.mlp(modulate(h, scale2, shift2)), (k, v)
 
 
@@ -493,7 +487,7 @@ class Body(nn.Module):
         seen, last = [], self.blocks[-1]
         for block, past in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
             # What stands before the last n is read by them, and after the last block by no one.
-            h, kv = block(h, emb, mask, past, slice(-n, None) if block is last else slice(None))
+            h, kv = block(h, emb, mask, past, n if block is last else h.shape[1])
             seen.append(kv)
         shift, scale = self.ada(emb).chunk(2, dim=-1)
         return self.head(modulate(h, scale, shift)), seen
@@ -523,7 +517,7 @@ class ImageTransformer(nn.Module):
 
 
 class LatentTransformer(nn.Module):
-    """Denoiser of latents (B, k, d) under a condition y: labels (B,), or (labels or None, context, mask).
+    """Denoiser of latents (B, k, d) under a condition y: labels (B,), or (context, mask).
 
     context: vectors (B, L, d_context), which count where mask (B, L) is True. classes, d_context: 0 for none.
     self_condition: a guess of x0, shaped like xt, is a fourth argument; without one it is 0.
@@ -536,7 +530,7 @@ class LatentTransformer(nn.Module):
         self.self_condition, self.body = self_condition, Body(D, depth, heads, d)
 
     def forward(self, xt: Tensor, t: Tensor, y=None, x0: Tensor | None = None) -> Tensor:
-        labels, context, mask = y if isinstance(y, tuple) else (y, None, None)
+        labels, context, mask = (None, *y) if isinstance(y, tuple) else (y, None, None)
         if self.self_condition:
             xt = torch.cat([xt, torch.zeros_like(xt) if x0 is None else x0], dim=-1)
         k, D = xt.shape[1], self.inp.out_features

@@ -32,8 +32,10 @@ from training import (
     Run,
     UserError,
     autocast,
+    check_run,
     load_checkpoint,
     load_weights,
+    millions,
     need,
     pick_device,
     run_name,
@@ -94,12 +96,10 @@ class Config:
         return RECIPES.get(given.dataset, {})
 
     def __post_init__(self):
-        need(self, "max_steps batch_size patch width depth T log_every sample_every save_every", 1)
-        need(self, "warmup score_n", 0)
-        need(self, "seed", 0, 2**32)
+        check_run(self)
+        need(self, "max_steps batch_size patch width depth T", 1)
         need(self, "guidance", 0, 1000)
-        need(self, "label_drop ema_decay", 0, 1)
-        need(self, "lr", 1e-9, 1)
+        need(self, "label_drop", 0, 1)
         need(self, "steps", 1, self.T)
         if len(self.channels) != len(self.blocks) or not self.channels or min(self.blocks) < 1:
             got = f"{self.channels} and {self.blocks}"
@@ -111,8 +111,6 @@ class Config:
             raise ValueError(f"image_size must be at least 1, got {self.image_size}")
         if self.guidance and not self.label_drop:
             raise ValueError("guidance needs a denoiser that has also seen no labels: --label_drop above 0")
-        if self.sample_from and self.score_from:
-            raise ValueError("choose one of sample_from and score_from")
 
 
 RECIPES = {  # what a data set needs otherwise than the defaults above; flags override both
@@ -122,8 +120,7 @@ RECIPES = {  # what a data set needs otherwise than the defaults above; flags ov
 
 
 def build(cfg: Config, facts: dict, device: torch.device):
-    """The process and the denoiser that cfg describes, for images of facts["shape"] (C, H, W). Raises
-    UserError."""
+    """Process and denoiser as cfg describes them, for images facts["shape"] (C, H, W). Raises UserError."""
     channels, *sides = facts["shape"]
     classes = len(facts["names"])
     torch.manual_seed(cfg.seed)
@@ -140,10 +137,10 @@ def build(cfg: Config, facts: dict, device: torch.device):
         raise UserError(f"images are {sides[1]}x{sides[0]}, but {needs}: {way_out}")
     try:
         process = Diffusion(*SCHEDULES[cfg.schedule](cfg.T), cfg.predict, cfg.weight)
+        SAMPLERS[cfg.sampler][1](process, cfg.steps)  # so that steps which it cannot space fail now
     except ValueError as error:
-        raise UserError(
-            f"--schedule {cfg.schedule}, --T {cfg.T}, --predict {cfg.predict}: {error}"
-        ) from error
+        got = f"--schedule {cfg.schedule}, --T {cfg.T}, --predict {cfg.predict}, --sampler {cfg.sampler}"
+        raise UserError(f"{got}: {error}") from error
     layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
     return process.to(device), model.to(device, memory_format=layout)
 
@@ -189,8 +186,7 @@ def save_grid(rows: list[Tensor], labels: list[str], path: Path) -> Path:
 
 
 def grid(cfg: Config, process: Diffusion, model, facts: dict, device: torch.device, path: Path) -> Path:
-    """Ten samples of each class (at most 20 classes; without classes 10 rows), from the same noise every
-    time."""
+    """Ten samples of each class (20 classes at most; 10 rows without any), from the same noise every time."""
     names = facts["names"][:20]
     y = torch.arange(len(names)).repeat_interleave(10) if names else torch.full((100,), -1)
     rows = draw(cfg, process, model, facts["shape"], y, device).split(10)
@@ -222,8 +218,7 @@ def train(cfg: Config, device: torch.device) -> None:
     if run.main:
         splits = f"{len(images.x)} training and {len(images.x_test)} test images"
         print(f"{cfg.dataset}: {splits} of {facts['shape']}, {len(images.names)} classes")
-        size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
-        print(f"{cfg.denoiser}: {size}; {device}, {run.world} process(es)", flush=True)
+        print(f"{cfg.denoiser}: {millions(model)}; {device}, {run.world} process(es)", flush=True)
     x, y = images.x.to(device), images.y.to(device)
     for step, batch in run.steps(len(x)):
         x0, labels = metrics.scale(x[batch]), drop_condition(y[batch], cfg.label_drop)

@@ -21,8 +21,7 @@ from training import UserError, reason, write_atomic
 
 
 class Classifier(nn.Module):
-    """Small convolutional classifier of images (N, C, H, W) in [-1, 1]; distances are taken in `features` (N,
-    64)."""
+    """Small classifier of images (N, C, H, W) in [-1, 1]; distances are taken in its `features` (N, 64)."""
 
     def __init__(self, channels: int, classes: int):
         super().__init__()
@@ -123,8 +122,10 @@ def kernel_distance(f: np.ndarray, g: np.ndarray) -> float:
 
 
 def precision_recall(f: np.ndarray, g: np.ndarray, k: int = 3) -> tuple[float, float]:
-    """Share of features f (N, d) inside the k-nearest-neighbour balls of real features g (M, d), and of g
-    inside those of f. Improved precision and recall 1904.06991 eq. 1 and 2."""
+    """Share of features f (N, d) in the k-nearest-neighbour balls of g (M, d), real ones, and vice versa.
+
+    Improved precision and recall 1904.06991 eq. 1 and 2.
+    """
     from sklearn.metrics import pairwise_distances_chunked
     from sklearn.neighbors import NearestNeighbors
 
@@ -139,8 +140,10 @@ def precision_recall(f: np.ndarray, g: np.ndarray, k: int = 3) -> tuple[float, f
 
 
 def nearest_ratio(f: np.ndarray, train: np.ndarray, test: np.ndarray) -> tuple[float, np.ndarray]:
-    """Median distance of f (N, d) to its nearest training features, over that of as many test features; and
-    the indices (N,) of those nearest. About 1: as far as unseen real images are; near 0: copies."""
+    """Median distance of f (N, d) to the nearest training features over that of test features; which (N,).
+
+    About 1: as far from them as unseen real images are; near 0: copies.
+    """
     from sklearn.neighbors import NearestNeighbors
 
     search = NearestNeighbors(n_neighbors=1).fit(train)
@@ -151,10 +154,10 @@ def nearest_ratio(f: np.ndarray, train: np.ndarray, test: np.ndarray) -> tuple[f
 def score_images(
     samples: Tensor, images: Images, net: Classifier, device: torch.device, y=None
 ) -> dict[str, dict]:
-    """Rows "samples" and "real" (as many training images): FD and KID (times 1000) to the test split,
-    precision and recall; for the samples also nearest (see nearest_ratio) and, where their labels y (n,) are
-    given, the share that the classifier reads so. samples: (n, C, H, W) uint8, n at most the number of
-    training images.
+    """Rows "samples" (n, C, H, W) uint8 and "real", as many training images, against the test split.
+
+    FD and KID (times 1000), precision and recall; of samples also nearest (see `nearest_ratio`) and label,
+    the share that the classifier reads as their labels y (n,), where these are given.
     """
     train, test = features(net, images.x, device), features(net, images.x_test, device)
     pick = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[: len(samples)].numpy()
@@ -210,8 +213,10 @@ def self_bleu(texts: list[str]) -> float:
 
 def aubleu(points: list[tuple[float, float]]) -> float:
     """Area under BLEU over alpha_bar, for (alpha_bar, BLEU) points: trapezoids, as PLANNER's code has it."""
+    from scipy.integrate import trapezoid
+
     alpha_bar, values = np.array(sorted(points)).T
-    return float(np.trapezoid(values, alpha_bar))
+    return float(trapezoid(values, alpha_bar))
 
 
 def ngrams(text: str, n: int) -> list[tuple]:

@@ -26,19 +26,21 @@ from training import (
     Run,
     UserError,
     autocast,
+    check_run,
     finished,
     is_main,
     load_checkpoint,
     load_weights,
+    millions,
     need,
     pick_device,
     run_name,
     run_script,
     show,
     wait,
-    write_lines,
 )
 
+EVAL = "step,seconds,answer,chain"  # the columns of eval.csv
 VOTE_TEMPERATURE = 0.5  # at which the chains of a majority vote are drawn
 
 
@@ -88,23 +90,19 @@ class Config:
     kind = "reason"  # the script that a checkpoint belongs to (no annotation: not a setting)
 
     def __post_init__(self):
-        need(self, "train_n depth max_steps batch_size log_every sample_every save_every", 1)
-        need(self, "steps votes score_n", 1)
-        need(self, "warmup temperature", 0)
+        check_run(self)
+        need(self, "train_n depth max_steps batch_size steps votes score_n", 1)
+        need(self, "temperature", 0)
         need(self, "terms", 2)
-        need(self, "snapshot ema_decay", 0, 1)
+        need(self, "snapshot", 0, 1)
         need(self, "snapshot_temperature", 0.1, 100)
         need(self, "shift", 0.01, 100)
-        need(self, "lr", 1e-9, 1)
-        need(self, "seed", 0, 2**32)
         if min(self.digits) < 1 or max(self.digits) > 8:
             raise ValueError(f"digits must be two numbers in 1..8, got {self.digits}")
         if self.width % 16:
             raise ValueError(f"width must be divisible by 16, got {self.width}")
         if self.snapshot and self.passes == "single":
             raise ValueError("--snapshot is about earlier thoughts: it needs --passes multi")
-        if self.sample_from and self.score_from:
-            raise ValueError("choose one of sample_from and score_from")
         if self.prompt and not self.sample_from:
             raise ValueError("--prompt is answered from a checkpoint: add --sample_from out/NAME/last.pt")
 
@@ -228,10 +226,10 @@ def train(cfg: Config, facts: dict, problems: Problems, device, seconds: float =
     q_test = encode(facts, questions, truth)[:, : layout.q].to(device)
     run = Run(cfg, model, device, facts, cfg.out, cfg.max_steps, cfg.batch_size)
     if run.main:
-        if not run.resumed:
-            (run.out / "eval.csv").unlink(missing_ok=True)
-        size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
-        print(f"{run.out}: {size}, {len(ids)} training problems; {device}, {run.world} process(es)")
+        run.keep_rows(run.out / "eval.csv", EVAL)
+        print(
+            f"{run.out}: {millions(model)}, {len(ids)} training problems; {device}, {run.world} process(es)"
+        )
     for step, batch in run.steps(len(ids), seconds):
         q, x0 = ids[batch].split([layout.q, layout.k], dim=1)
         u = torch.rand(len(batch), len(slots), device=device)  # each thought has a step of its own
@@ -274,12 +272,8 @@ def note(run: Run, took: float, scores: dict) -> None:
     thoughts = " ".join(f"{share:.2f}" for share in scores["thoughts"])
     shares = f"answer {scores['answer']:.3f}, chain {scores['chain']:.3f}, thoughts {thoughts}"
     print(f"step {run.step}, {took:.0f} s: {shares}", flush=True)
-    path = run.out / "eval.csv"
-    rows = path.read_text().splitlines()[1:] if path.exists() else []
-    # A killed run may have written scores of steps that it has now done again.
-    rows = [row for row in rows if int(row.split(",")[0]) < run.step]
-    rows.append(f"{run.step},{took:.3f},{scores['answer']},{scores['chain']}")
-    write_lines(path, ["step,seconds,answer,chain", *rows])
+    with open(run.out / "eval.csv", "a", encoding="utf-8") as file:
+        file.write(f"{run.step},{took:.3f},{scores['answer']},{scores['chain']}\n")
 
 
 # -- what the script does ----------------------------------------------------------------------------------
@@ -317,7 +311,7 @@ def score(cfg: Config, facts: dict, model: TokenTransformer, problems: Problems,
     questions, truth = (part[: cfg.score_n] for part in (problems.question_test, problems.thoughts_test))
     n, device = len(questions), next(model.parameters()).device
     q = encode(facts, questions, truth)[:, : model.layout.q].to(device)
-    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, trained {seconds:.0f} s"
+    size = f"{millions(model)}, trained {seconds:.0f} s"
     print(f"score: n={n} test problems, seed {cfg.seed}; {device}, {torch.get_num_threads()} threads; {size}")
 
     for steps in (1, 2, 4, 8, 16, 32, 64):

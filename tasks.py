@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data import rows, text_of
+from data import Split, Texts, hold_out_texts, rows, text_of
 from training import UserError
 
 FILES = "a jsonl or txt file of problems, or a folder with train.jsonl and test.jsonl"
@@ -91,8 +91,7 @@ def check_product(question: str, answer: str) -> bool:
 
 @dataclass(frozen=True)
 class Task:
-    """make(rng, digits, terms) gives a question and its thoughts; check(question, answer), whether it is
-    right.
+    """make(rng, digits, terms) gives a question and its thoughts; check(question, answer) is True if right.
 
     check may raise ValueError for an answer that it cannot read: that is a wrong one.
     """
@@ -130,9 +129,7 @@ class Problems:
 
 
 def is_test_problem(question: str) -> bool:
-    """Whether a question is of the test split: one in ten, by its checksum, so that no training set holds
-    it.
-    """
+    """Whether a question is of the test split: one in ten, by its checksum, whatever the training set."""
     return zlib.crc32(question.encode()) % 10 == 0
 
 
@@ -151,9 +148,10 @@ def make_problems(task: str, digits: tuple[int, int], terms: int, n: int, n_test
 
 
 def load_problems(dataset: str, digits=(3, 2), terms=4, n=50_000, form="equations") -> Problems:
-    """The problems of `dataset`: a task (digits, terms), gsm8k (hub), or the path of a jsonl file with
-    question and answer, of a txt file with lines question||thoughts #### answer, or of a folder with
-    train.jsonl and test.jsonl.
+    """The problems of `dataset`: a task (digits, terms), gsm8k (hub), or the path of a file or folder.
+
+    A jsonl has question and answer, a txt lines question||thoughts #### answer, a folder train.jsonl
+    and test.jsonl.
 
     form: the thoughts of an answer are its "equations" in <<>>, or the lines of its "text". n: at most so
     many training problems. Of a single file a tenth is held out; a training question that the test split
@@ -303,6 +301,14 @@ def grammar_review(rng: random.Random, rating: int) -> str:
         words = SUBJECTS[subject][0 if is_good else 1]
         said.append(f"{subject} was {rng.choice(ADVERBS)}{rng.choice(words)}.")
     return " ".join([*said, CLOSES[rating - 1]])
+
+
+def grammar_texts() -> Texts:
+    """6,000 reviews of the grammar, which are always the same, with their ratings as classes."""
+    rng = random.Random(0)
+    y = [rng.randrange(5) for _ in range(6000)]
+    x = [grammar_review(rng, label + 1) for label in y]
+    return hold_out_texts(Split(x, y, [""] * len(x)), ["1", "2", "3", "4", "5"])
 
 
 def grammar_rating(text: str) -> int | None:

@@ -22,16 +22,18 @@ from torch import Tensor
 import metrics
 from data import Codec, Pieces, Texts, cut_texts, load_texts, pretrained_codec, train_codec
 from diffusion import SAMPLERS, Diffusion, LatentTransformer, cosine, drop_condition, sample
-from tasks import grammar_rating
+from tasks import grammar_rating, grammar_texts
 from training import (
     FREE,
     Run,
     UserError,
     autocast,
+    check_run,
     finished,
     is_main,
     load_checkpoint,
     load_weights,
+    millions,
     need,
     pick_device,
     reason,
@@ -126,15 +128,13 @@ class Config:
         return None if self.condition in ("none", "label", "prefix") else self.condition
 
     def __post_init__(self):
+        check_run(self)
         need(self, "k span d vae_depth depth vae_steps vae_batch diffusion_steps diffusion_batch", 1)
-        need(self, "log_every sample_every save_every", 1)
-        need(self, "warmup score_n latent_noise beta", 0)
+        need(self, "latent_noise beta", 0)
         need(self, "max_tokens", 4, 1024 - self.k)  # GPT-2 has 1024 positions
         need(self, "vocab", 300, 100_000)  # 256 bytes and something
-        need(self, "seed", 0, 2**32)
         need(self, "guidance", 0, 1000)
-        need(self, "label_drop ema_decay p_max top_p self_condition", 0, 1)
-        need(self, "lr", 1e-9, 1)
+        need(self, "label_drop p_max top_p self_condition", 0, 1)
         need(self, "shift", 0.01, 100)
         need(self, "steps", 1, T)
         k, span, L = self.k, self.span, self.max_tokens
@@ -142,8 +142,6 @@ class Config:
             raise ValueError("width must be divisible by 16 and vae_width by 8")
         if span > 1 and not k * (span - 1) < L <= k * span:
             raise ValueError(f"k spans must just cover max_tokens {L}, or span be 1; got {k} spans of {span}")
-        if self.sample_from and self.score_from:
-            raise ValueError("choose one of sample_from and score_from")
         if self.guidance and not self.label_drop and self.condition != "none":
             raise ValueError("guidance needs --label_drop above 0 in training; or choose --guidance 0")
         if self.prompt and not self.reads_text:
@@ -171,6 +169,15 @@ ALARM_FROM = 1000  # steps of the VAE before which its latents may still be igno
 def chosen(size: str) -> str:
     """The size that "auto" stands for on this machine."""
     return size if size != "auto" else "base" if torch.cuda.is_available() else "tiny"
+
+
+def texts_of(cfg: Config) -> Texts:
+    """The texts of cfg.dataset."""
+    if cfg.dataset != "grammar":
+        return load_texts(cfg.dataset, cfg.text_column, cfg.label_column, cfg.column)
+    if cfg.column:
+        raise UserError(f"the grammar has no column {cfg.column}: --condition label, none or prefix")
+    return grammar_texts()
 
 
 def split_pieces(cfg: Config, codec: Codec, texts: Texts, name: str, batch: int = 1) -> Pieces:
@@ -241,14 +248,16 @@ def held_out_nats(vae: TextVAE, texts: Pieces, device) -> dict[str, float]:
 def train_vae(cfg: Config, texts: Texts, out: Path, device) -> None:
     """Train the VAE in the folder `out`."""
     codec = pick_codec(cfg, texts, out / "last.pt")
-    facts = dict(stage="vae", codec=asdict(codec), names=texts.names, checksum=texts.checksum())
+    facts = dict(
+        stage="vae", codec=asdict(codec), names=texts.names, checksum=texts.checksum(conditions=False)
+    )
     vae = build_vae(cfg, facts, device)
     train = split_pieces(cfg, codec, texts, "train", cfg.vae_batch)
     test = split_pieces(cfg, codec, texts, "test")
     run = Run(cfg, vae, device, facts, out, cfg.vae_steps, cfg.vae_batch, free=FREE_IN["vae"])
     if run.main:
         print(f"{len(texts.train.x)} training texts in {len(train.x)} pieces, {len(test.x)} held-out pieces")
-        print(f"VAE: {millions(vae)} M parameters, {cfg.k} latents of width {cfg.d}, on {device}", flush=True)
+        print(f"VAE: {millions(vae)}, {cfg.k} latents of width {cfg.d}, on {device}", flush=True)
     ids, target = train.ids.to(device), train.target.to(device)
     for step, batch in run.steps(len(ids)):
         with autocast(device, cfg.precision):
@@ -267,11 +276,6 @@ def train_vae(cfg: Config, texts: Texts, out: Path, device) -> None:
             lines += [f"original       {text}", f"reconstruction {copy}", ""]
         show(out, "reconstructions", lines)
         print(f"trained {run.seconds:.0f} s; wrote {run.curve()}", flush=True)
-
-
-def millions(net: torch.nn.Module) -> str:
-    """The parameters of a network in millions."""
-    return f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f}"
 
 
 def told(nats: dict[str, float]) -> str:
@@ -301,7 +305,7 @@ def build_denoiser(cfg: Config, facts: dict, vae: TextVAE, device) -> tuple[Diff
 
 def rows_of(y, index):
     """The rows `index` of a condition."""
-    return (None, y[1][index].float(), y[2][index]) if isinstance(y, tuple) else y[index]
+    return (y[0][index].float(), y[1][index]) if isinstance(y, tuple) else y[index]
 
 
 def train_diffusion(cfg: Config, texts: Texts, out: Path, device) -> None:
@@ -309,6 +313,8 @@ def train_diffusion(cfg: Config, texts: Texts, out: Path, device) -> None:
     path = out.parent / "vae" / "last.pt"
     checkpoint = load_checkpoint(path, cfg.kind)
     weights, facts = checkpoint["ema"], checkpoint["facts"]
+    if facts["checksum"] != texts.checksum(conditions=False):
+        raise UserError(f"{path} was trained on other texts than {cfg.dataset} has now; choose another --out")
     codec, vae = Codec(**facts["codec"]), load_vae(cfg, facts, weights, path, device)
     digest = hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest()[:12]
     facts |= dict(stage="diffusion", checksum=texts.checksum(), vae=digest, vae_seconds=checkpoint["seconds"])
@@ -322,7 +328,7 @@ def train_diffusion(cfg: Config, texts: Texts, out: Path, device) -> None:
     sizes, extra = (cfg.diffusion_steps, cfg.diffusion_batch), dict(vae=weights, mean=mean, std=std)
     run = Run(cfg, model, device, facts, out, *sizes, extra, FREE_IN["diffusion"])
     if run.main:
-        print(f"denoiser: {millions(model)} M parameters, on the latents of {len(z)} texts", flush=True)
+        print(f"denoiser: {millions(model)}, on the latents of {len(z)} texts", flush=True)
     for step, batch in run.steps(len(z)):
         y_batch = drop_condition(rows_of(y, batch), cfg.label_drop)
         with autocast(device, cfg.precision):
@@ -367,12 +373,12 @@ class Writer:
     def condition(self, y: Tensor, c: list[str]):
         """The denoiser's condition for labels y (N,) or texts c, as cfg.condition says.
 
-        It is labels (N,), or (None, the encoder's states (N, L, D), mask (N, L)).
+        It is labels (N,), or (the encoder's states (N, L, D), mask (N, L)).
         """
         if not self.cfg.reads_text:
             return (y if self.cfg.condition == "label" else torch.full_like(y, -1)).to(self.device)
         parts = [self.vae.states(ids.to(self.device)) for ids in self.codec.encode(c)[0].split(256)]
-        return None, torch.cat([h.half() for h, _ in parts]), torch.cat([mask for _, mask in parts])
+        return torch.cat([h.half() for h, _ in parts]), torch.cat([mask for _, mask in parts])
 
     def sample(self, y: Tensor, c: list[str]) -> list[str]:
         """New texts for labels y (N,) or texts c."""
@@ -558,7 +564,7 @@ def main(cfg: Config) -> None:
         why = "CUDA is here" if torch.cuda.is_available() else "there is no CUDA here"
         why = why if cfg.size == "auto" else "as a flag or the recipe of the data says"
         print(f"size {chosen(cfg.size)}: {why}", flush=True)
-    texts = load_texts(cfg.dataset, cfg.text_column, cfg.label_column, cfg.column)
+    texts = texts_of(cfg)
     if cfg.score_from:
         return score(load_writer(cfg, cfg.score_from, device, texts), texts, out)
     for stage, train, steps in (
@@ -572,7 +578,7 @@ def main(cfg: Config) -> None:
         wait()
     if is_main():
         path = out / "diffusion" / "last.pt"
-        writer = load_writer(cfg, path, device)
+        writer = load_writer(cfg, path, device, texts)
         show_samples(writer, path.parent, texts)
         try:
             if cfg.score_n:

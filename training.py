@@ -1,5 +1,4 @@
-"""What every training loop needs once: device, precision, processes, seeds, EMA, checkpoints, log, and a
-script's end.
+"""What every training loop needs once: device, precision, processes, seeds, EMA, checkpoints, log.
 
 Every random draw of a training step is a function of (seed, step, rank), so a run that was killed at any
 moment and resumed ends with the same bits as one that was not (on one device, CPU).
@@ -54,12 +53,22 @@ def need(cfg, names: str, low: float, high: float = math.inf) -> None:
             raise ValueError(f"{name} must be in [{low}, {high}], got {getattr(cfg, name)}")
 
 
+def check_run(cfg) -> None:
+    """Raise ValueError for what no run of any script can be asked."""
+    need(cfg, "log_every sample_every save_every", 1)
+    need(cfg, "warmup score_n", 0)
+    need(cfg, "seed", 0, 2**32)
+    need(cfg, "ema_decay", 0, 1)
+    need(cfg, "lr", 1e-9, 1)
+    if cfg.sample_from and cfg.score_from:
+        raise ValueError("choose one of sample_from and score_from")
+
+
 # -- a script: from the command line to the exit status ---------------------------------------------------
 
 
 def run_script(config_class, main, doc: str) -> None:
-    """Read the configuration from the command line and call main(cfg); a UserError is one message and status
-    2."""
+    """Read the command line and call main(cfg); a UserError is one message and exit status 2."""
     try:
         main(read_config(config_class, doc))
     except (UserError, OSError) as error:  # an OSError names the file
@@ -142,7 +151,11 @@ def pick_device(name: str) -> torch.device:
     name = here[0] if name == "auto" else name
     if name not in here:
         raise UserError(f"--device {name} is not available here; choose one of {', '.join(here)}, or auto")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+    if name != "cuda":
+        return torch.device(name)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)  # of NCCL's barriers too
+    return device
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -153,8 +166,7 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def autocast(device: torch.device, precision: str):
-    """Context in which matrix products and convolutions run in bf16 ("bf16", or "auto" where there is
-    hardware for it) or float32 ("fp32")."""
+    """Products and convolutions in bf16 ("bf16"; "auto": where the hardware has it) or float32 ("fp32")."""
     bf16 = precision == "bf16" or precision == "auto" and has_bf16(device)
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
@@ -165,8 +177,7 @@ def seed_step(seed: int, step: int, rank: int = 0) -> None:
 
 
 def batch_indices(n: int, batch_size: int, seed: int, step: int) -> Tensor:
-    """Indices (batch_size,) of step 1, 2, ...: one seeded permutation of 0..n-1 after the other, cut in
-    batches."""
+    """Indices (batch_size,) of step 1, 2, ...: seeded permutations of 0..n-1, one after the other, cut up."""
     start = (step - 1) * batch_size
     epochs = range(start // n, (start + batch_size - 1) // n + 1)
     return torch.cat([permutation(n, seed, epoch) for epoch in epochs])[start - epochs[0] * n :][:batch_size]
@@ -177,12 +188,19 @@ def permutation(n: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(hash((seed, epoch)) % 2**63))
 
 
+def millions(model: nn.Module) -> str:
+    """The parameters of a network, in millions."""
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
+
+
 # -- files -----------------------------------------------------------------------------------------------
 
 
 def write_atomic(path: Path, write) -> None:
-    """Call write(file) on a temporary file beside `path`, flush it to disk and rename it: a reader sees the
-    old file or the new one."""
+    """Call write(file) on a temporary file beside `path`, flush it to disk and rename it.
+
+    A reader sees the old file or the new one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -200,8 +218,10 @@ def write_lines(path: Path, lines: list[str]) -> None:
 
 
 def load_checkpoint(path, kind: str) -> dict:
-    """The checkpoint of script `kind` at `path`, on the CPU. Raises UserError where it is missing, damaged,
-    unsafe or of another script."""
+    """The checkpoint of script `kind` at `path`, on the CPU.
+
+    Raises UserError where it is missing, damaged, unsafe or of another script.
+    """
     if not Path(path).is_file():
         raise UserError(f"no checkpoint at {path}; a training run writes out/NAME/last.pt")
     try:
@@ -239,8 +259,7 @@ def same_settings(cfg, saved: dict, path, way_out: str, free=FREE) -> None:
 
 
 def finished(cfg, out, max_steps: int, free=FREE) -> bool:
-    """Whether folder `out` holds a checkpoint that needs no more training. Raises UserError for other
-    settings."""
+    """Whether `out` holds a checkpoint that needs no more steps. Raises UserError for other settings."""
     path = Path(out) / "last.pt"
     if not path.exists():
         return False
@@ -252,8 +271,7 @@ def finished(cfg, out, max_steps: int, free=FREE) -> bool:
 def show(out, name: str, lines: list[str]) -> Path:
     """Print the lines and write them to samples/NAME.txt."""
     path = Path(out) / "samples" / f"{name}.txt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    write_lines(path, lines)
     print(f"\n-- {name} --", *lines, sep="\n", flush=True)
     return path
 
@@ -282,8 +300,7 @@ def ema_ramp(step: int, limit: float) -> float:
 
 
 class Run:
-    """One training run in its folder: `for step, batch in run.steps(n): run.update(loss of run.model on
-    batch)`.
+    """A training run in its folder: `for step, batch in run.steps(n): run.update(loss of run.model)`.
 
     cfg: a script's Config, of which seed, precision, lr, warmup, ema_decay, log_every, save_every and resume
     are read here. facts: what the data says and sampling needs, in plain types; a resumed run must agree with
@@ -319,11 +336,15 @@ class Run:
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         ids = [device.index] if device.type == "cuda" else None
-        self.model = DistributedDataParallel(self.net, device_ids=ids) if self.world > 1 else self.net
+        # Buffers are constants here: they need no broadcast.
+        parallel = self.world > 1
+        self.model = DistributedDataParallel(self.net, ids, broadcast_buffers=False) if parallel else self.net
 
     def steps(self, n: int, seconds: float = math.inf):
-        """Yield (step, indices of this process's part of the batch) for n samples, until max_steps, or the
-        first line of the log after so many training seconds; log, save and stop at signals in between."""
+        """Yield (step, indices of this process's part of the batch) for n samples, until max_steps.
+
+        Or until the first line of the log after so many seconds. In between, log, save, obey signals.
+        """
         signals, bar = [], None
 
         def on_signal(number, _):
@@ -361,8 +382,7 @@ class Run:
             sys.exit(128 + stop)
 
     def update(self, loss: Tensor) -> None:
-        """One optimizer step on a scalar loss: backward, clip the gradient's norm to 1, AdamW with linear
-        warm-up, EMA."""
+        """One step on a scalar loss: backward, clip the gradient to norm 1, AdamW with warm-up, EMA."""
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
         for group in self.opt.param_groups:
@@ -438,8 +458,10 @@ class Run:
         return tqdm(total=self.max_steps, initial=self.step, unit="step", disable=hidden, dynamic_ncols=True)
 
     def keep_rows(self, path: Path, header: str) -> None:
-        """Keep of a csv file, which begins with the step, the rows that the checkpoint has seen: a killed run
-        may have written some that it will now write again."""
+        """Keep the rows of a csv file, the step in front, that the checkpoint has seen.
+
+        A killed run may have written some that it will now write again.
+        """
         rows = path.read_text(encoding="utf-8").splitlines()[1:] if self.resumed and path.exists() else []
         write_lines(path, [header, *(row for row in rows if int(row.split(",")[0]) <= self.step)])
 
@@ -456,8 +478,10 @@ class Run:
             )
 
     def _log(self, bar, stop: int) -> int:
-        """Read the losses since the last log and write them down; return the signal that some process got, or
-        0: all processes agree on it, and on the seconds."""
+        """Read the losses since the last log, write them down; return the signal that some process got, or 0.
+
+        All processes agree on it, and on the seconds.
+        """
         self._check_finite()
         loss = torch.stack(self.losses).float().mean() if self.losses else torch.zeros((), device=self.device)
         step, start = self.logged

@@ -16,8 +16,9 @@ from transformers import AutoConfig, AutoModel, BertConfig, BertModel, GPT2Confi
 
 def pretrained_backbones(encoder: str, decoder: str) -> tuple[nn.Module, GPT2LMHeadModel]:
     """An encoder and a GPT-2 by hub name or local folder. Raises OSError where they cannot be had."""
-    bert = AutoModel.from_pretrained(encoder, **without_pooler(AutoConfig.from_pretrained(encoder)))
-    return bert, GPT2LMHeadModel.from_pretrained(decoder)
+    config = AutoConfig.from_pretrained(encoder)
+    bert = AutoModel.from_pretrained(encoder, dtype=torch.float32, **without_pooler(config))
+    return bert, GPT2LMHeadModel.from_pretrained(decoder, dtype=torch.float32)
 
 
 def untrained_backbones(encoder: str, decoder: str) -> tuple[nn.Module, GPT2LMHeadModel]:

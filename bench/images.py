@@ -64,8 +64,7 @@ class Config:
 
 
 class Ours:
-    """imagen.py's UNet; `textbook` keeps the network and takes the recipe of DDPM: eps, linear betas, plain
-    weight."""
+    """imagen.py's UNet; `textbook` keeps the network and takes DDPM's recipe (eps, linear betas, plain)."""
 
     evaluations, usual = 10, 10  # of a scored sample, and as one would use it
 

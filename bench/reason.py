@@ -139,6 +139,7 @@ def train_gpt(cfg: reason.Config, facts: dict, problems: Problems, device, secon
     questions, truth = problems.question_test[:200], problems.thoughts_test[:200]
     q_test = reason.encode(facts, questions, truth)[:, : q.shape[1]].to(device)
     run = Run(cfg, writer.model, device, facts, cfg.out, FOREVER, cfg.batch_size)
+    run.keep_rows(run.out / "eval.csv", reason.EVAL)
     for step, batch in run.steps(len(q), seconds):
         with autocast(device, cfg.precision):
             loss = run.model(q[batch], target[batch])
@@ -245,8 +246,9 @@ def spoil(thought: str, digits: str, rng: random.Random) -> str:
 def right_after(
     cfg: reason.Config, facts: dict, model, problems: Problems, xt: Tensor
 ) -> tuple[float, float]:
-    """Right answers of the test problems whose ids xt (N, q + k) are known but for masks; and after a second
-    round, for which each token of the chain is masked again with probability one half.
+    """Right answers of test problems with ids xt (N, q + k), masked where unknown; and after a second round.
+
+    For that, each token of the chain is masked again with probability one half.
     """
     q, xt = xt.split([model.layout.q, model.layout.k], dim=1)
     shares, truth = [], problems.thoughts_test

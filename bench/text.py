@@ -34,8 +34,9 @@ from transformers import (
 import textgen
 from bench.gpt import LabelGPT, mean_nats
 from bench.timing import interleaved, spread
-from data import Pieces, load_texts
+from data import Pieces
 from diffusion import drop_condition
+from tasks import grammar_texts
 from training import (
     Run,
     UserError,
@@ -71,7 +72,7 @@ class Config:
 def quality(path: Path, device) -> None:
     """Print the rows of textgen.py's score and those of the baseline GPT-2, with perplexities."""
     cfg = textgen.Config(**load_checkpoint(path, "textgen")["config"])
-    texts = load_texts(cfg.dataset, cfg.text_column, cfg.label_column, cfg.column)
+    texts = textgen.texts_of(cfg)
     writer = textgen.load_writer(cfg, path, device, texts)
     train, test = (textgen.split_pieces(cfg, writer.codec, texts, name) for name in ("train", "test"))
     judge, baseline = (train_gpt(writer, train, test, path.parent, name) for name in ("judge", "baseline"))
@@ -225,7 +226,7 @@ def compare(title: str, sides: dict, rounds: int, device, scale: float = 1.0) ->
 
 def tiny_parts(device):
     """The grammar's texts, and what textgen.py at its defaults makes of them: cfg, codec, facts, VAE."""
-    cfg, texts = textgen.Config(dataset="grammar"), load_texts("grammar")
+    cfg, texts = textgen.Config(dataset="grammar"), grammar_texts()
     codec = textgen.pick_codec(cfg, texts, Path("no checkpoint"))
     facts = dict(codec=dataclasses.asdict(codec), names=texts.names)
     return texts, cfg, codec, facts, textgen.build_vae(cfg, facts, device)

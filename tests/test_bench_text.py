@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import data
+import textgen
 from bench import text
 from bench.gpt import LabelGPT, QuestionGPT, mean_nats
 from training import UserError, load_checkpoint
@@ -115,9 +116,9 @@ def labels_learned(path):
 
 
 def test_the_table_has_a_row_for_each_kind_of_text_and_loads_what_is_trained(cli, tmp_path, monkeypatch):
-    texts = data.grammar_texts()
+    texts = textgen.grammar_texts()
     few = data.Texts(texts.train.take(range(120)), texts.test.take(range(20)), texts.names)
-    monkeypatch.setattr(data, "grammar_texts", lambda: few)
+    monkeypatch.setattr(textgen, "grammar_texts", lambda: few)
     size = "--vae_steps 4 --diffusion_steps 4 --score_n 8".split()
     assert cli("textgen", "--dataset", "grammar", *SMALL_TEXT, *size, "--out", tmp_path)[0] == 0
     status, printed = cli("bench.text", "--checkpoint", tmp_path / "diffusion/last.pt")

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from data import Split, cut_texts, load_images, load_texts, sentences, train_codec, windows
+from tasks import grammar_texts
 from training import UserError
 
 
@@ -137,7 +138,7 @@ def test_an_image_beside_class_folders_is_named(tmp_path):
 
 
 def test_the_grammars_texts_repeat_and_its_splits_hardly_overlap():
-    a, b = load_texts("grammar"), load_texts("grammar")
+    a, b = grammar_texts(), grammar_texts()
     assert a == b
     assert (len(a.train.x), len(a.test.x)) == (5400, 600)
     assert a.names == list("12345")
@@ -290,11 +291,11 @@ def test_a_text_that_fits_and_a_sentence_too_long_stay_whole(text):
 
 @pytest.fixture(scope="module")
 def codec():
-    return train_codec(load_texts("grammar").train.x[:50], 400, 80)
+    return train_codec(grammar_texts().train.x[:50], 400, 80)
 
 
 def test_the_codec_gives_back_its_texts_and_any_other(codec):
-    texts = [*load_texts("grammar").train.x[:50], "caf\u00e9 \u65e5\u672c"]
+    texts = [*grammar_texts().train.x[:50], "caf\u00e9 \u65e5\u672c"]
     ids, target = codec.encode(texts)
     assert codec.decode(target) == texts
     assert codec.vocab <= 400
@@ -303,7 +304,7 @@ def test_the_codec_gives_back_its_texts_and_any_other(codec):
 
 
 def test_a_target_is_the_ids_and_an_end_but_where_the_text_was_cut(codec):
-    text = load_texts("grammar").train.x[0]
+    text = grammar_texts().train.x[0]
     ids, target = codec.encode([text, "word " * 100])
     n = (ids[0] >= 0).sum()
     assert torch.equal(target[0, :n], ids[0, :n])
@@ -315,7 +316,7 @@ def test_a_target_is_the_ids_and_an_end_but_where_the_text_was_cut(codec):
 
 
 def test_a_piece_comes_with_its_label_and_its_condition(codec):
-    long = " ".join(load_texts("grammar").train.x[:3])
+    long = " ".join(grammar_texts().train.x[:3])
     pieces = cut_texts(Split(["a short one.", long], [3, 4], ["why?", "how?"]), codec)
     assert pieces.x[0] == "a short one."
     assert " ".join(pieces.x[1:]) == long
@@ -325,7 +326,7 @@ def test_a_piece_comes_with_its_label_and_its_condition(codec):
 
 
 def test_a_prefix_is_the_piece_before(codec):
-    long = " ".join(load_texts("grammar").train.x[:3])
+    long = " ".join(grammar_texts().train.x[:3])
     whole = cut_texts(Split([long], [4], [""]), codec)
     pieces = cut_texts(Split(["a short one.", long], [3, 4], ["", ""]), codec, prefix=True)
     assert pieces.x == whole.x[1:]

@@ -347,14 +347,16 @@ def make(name):
         return UNet(3, (16, 32), (1, 2), classes=3), torch.randn(4, 3, 8, 12), y
     if name == "images":
         return ImageTransformer(3, 64, depth=2, p=4, classes=3), torch.randn(4, 3, 8, 12), y
-    return LatentTransformer(5, 64, depth=2, classes=3, d_context=6), torch.randn(4, 7, 5), (y, *context(4))
+    if name == "latents":
+        return LatentTransformer(5, 64, depth=2, classes=3), torch.randn(4, 7, 5), y
+    return LatentTransformer(5, 64, depth=2, d_context=6), torch.randn(4, 7, 5), context(4)
 
 
 def rows(y, index):
     return tuple(part[index] for part in y) if isinstance(y, tuple) else y[index]
 
 
-DENOISERS = ["unet", "images", "latents"]
+DENOISERS = ["unet", "images", "latents", "latents in a context"]
 
 
 @pytest.mark.parametrize("name", DENOISERS)
@@ -414,13 +416,13 @@ def test_a_denoiser_sees_step_and_condition_and_treats_samples_apart(name):
 
 
 def test_masked_context_counts_for_nothing_and_the_rest_counts():
-    model, x0, (y, c, mask) = make("latents")
+    model, x0, (c, mask) = make("latents in a context")
     model, t = stir(model).eval(), torch.full((4,), 10)
-    out = model(x0, t, (y, c, mask))
+    out = model(x0, t, (c, mask))
     hidden_changed = torch.where(mask[..., None], c, 1e3)
-    torch.testing.assert_close(model(x0, t, (y, hidden_changed, mask)), out)
+    torch.testing.assert_close(model(x0, t, (hidden_changed, mask)), out)
     seen_changed = torch.where(mask[..., None], c.flip(0), c)
-    assert not torch.allclose(model(x0, t, (y, seen_changed, mask)), out, atol=1e-3)
+    assert not torch.allclose(model(x0, t, (seen_changed, mask)), out, atol=1e-3)
 
 
 def test_the_latents_denoiser_reads_its_guess_and_none_is_zero():
@@ -442,16 +444,17 @@ def test_image_denoisers_take_any_size_that_they_divide_and_name_the_others(mode
         model(torch.zeros(2, 1, 30, 28), t)
 
 
-def test_conditions_are_dropped_at_their_rate_and_a_label_goes_with_its_context():
+def test_conditions_are_dropped_at_their_rate():
     torch.manual_seed(0)
     y = torch.arange(10_000) % 10
     dropped = drop_condition(y, 0.1)
     assert 0.08 < (dropped == -1).float().mean() < 0.12
     assert torch.equal(dropped[dropped >= 0], y[dropped >= 0])
-    labels, _, mask = drop_condition(
-        (y, torch.zeros(10_000, 2, 1), torch.ones(10_000, 2, dtype=torch.bool)), 0.1
-    )
-    assert torch.equal(labels == -1, ~mask.any(1))
+    context = torch.randn(10_000, 2, 1)
+    kept, mask = drop_condition((context, torch.ones(10_000, 2, dtype=torch.bool)), 0.1)
+    assert torch.equal(kept, context)
+    assert torch.equal(mask.any(1), mask.all(1))  # all of a sample's context goes, or none
+    assert 0.08 < (~mask.any(1)).float().mean() < 0.12
 
 
 def test_no_label_and_the_label_minus_one_are_the_same():

@@ -30,10 +30,10 @@ GRAMMAR = ["--dataset", "grammar", *SMALL_TEXT]
 @pytest.fixture(scope="module", autouse=True)
 def few_reviews():
     """The grammar has 360 training and 40 test texts in this file."""
-    texts = data.grammar_texts()
+    texts = textgen.grammar_texts()
     few = data.Texts(texts.train.take(range(360)), texts.test.take(range(40)), texts.names)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "grammar_texts", lambda: few)
+        patch.setattr(textgen, "grammar_texts", lambda: few)
         yield
 
 
@@ -64,7 +64,7 @@ def load_writer(path):
 
 
 def pieces(writer, name):
-    return textgen.split_pieces(writer.cfg, writer.codec, load_texts("grammar"), name)
+    return textgen.split_pieces(writer.cfg, writer.codec, textgen.grammar_texts(), name)
 
 
 def write_reviews(path, text="the room was number {i}. the staff was kind. we slept well, for a fair price."):
@@ -286,7 +286,7 @@ def test_a_stage_interrupted_and_resumed_ends_with_the_same_bits(stage, tmp_path
     flags = [*GRAMMAR, *size]
     assert cli("textgen", *flags, "--out", tmp_path / "a")[0] == 0
     part = config(monkeypatch, *flags, "--out", str(tmp_path / "b"), f"--{stage}_steps", "5")
-    texts = load_texts("grammar")
+    texts = textgen.grammar_texts()
     textgen.train_vae(part, texts, tmp_path / "b/vae", CPU)
     if stage == "diffusion":
         textgen.train_diffusion(part, texts, tmp_path / "b/diffusion", CPU)
@@ -364,15 +364,15 @@ def test_a_prompt_is_gone_on_from(flags, status, wanted, conditioned, cli):
 def test_padding_of_a_condition_counts_for_nothing(conditioned):
     writer = load_writer(conditioned["question"] / "last.pt")
     y, texts = torch.full((2,), -1), ["what is a longer question?", "what?"]
-    _, context, mask = writer.condition(y, texts)
+    context, mask = writer.condition(y, texts)
     assert mask.sum(1).tolist() == (writer.codec.encode(texts)[0] >= 0).sum(1).tolist()
     for net in (writer.model.body.head, writer.model.body.ada, *(b.ada for b in writer.model.body.blocks)):
         torch.nn.init.normal_(net.weight)
     xt, t, context = torch.randn(2, 4, 8), torch.tensor([5, 5]), context.float()
-    out = writer.model(xt, t, (None, context, mask))
+    out = writer.model(xt, t, (context, mask))
     hidden = context.masked_fill(~mask[..., None], 9.0)
-    torch.testing.assert_close(out, writer.model(xt, t, (None, hidden, mask)))
-    assert (out - writer.model(xt, t, (None, context + 1, mask))).abs().max() > 1e-3
+    torch.testing.assert_close(out, writer.model(xt, t, (hidden, mask)))
+    assert (out - writer.model(xt, t, (context + 1, mask))).abs().max() > 1e-3
 
 
 def save_pretrained(folder):
@@ -384,7 +384,7 @@ def save_pretrained(folder):
         tokenizer = Tokenizer(models.BPE(unk_token=names[name].get("unk_token")))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
         trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=tokens, initial_alphabet=alphabet)
-        tokenizer.train_from_iterator(load_texts("grammar").train.x[:200], trainer)
+        tokenizer.train_from_iterator(textgen.grammar_texts().train.x[:200], trainer)
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names[name]).save_pretrained(folder / name)
     shape = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     BertModel(BertConfig(vocab_size=330, **shape)).save_pretrained(folder / "bert")
