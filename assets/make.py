@@ -52,16 +52,16 @@ def images(path: Path) -> list[torch.Tensor]:
 
 
 def review(path: Path, rating: int = 5) -> list[str]:
-    """The text that the decoder writes from the guess of x0 in every frame."""
+    """The text that the decoder writes from xt in every frame."""
     cfg = textgen.Config(**load_checkpoint(path, "textgen")["config"])
     writer, y = textgen.load_writer(cfg, path, CPU), torch.tensor([rating - 1])
     how = dict(sampler=cfg.sampler, steps=cfg.steps, guidance=cfg.guidance)
     generator = torch.Generator().manual_seed(0)
     steps = trajectory(writer.process, writer.model, (1, cfg.k, cfg.d), y, generator=generator, **how)
-    return writer.write(torch.cat(evenly([x0 for _, _, x0 in steps])))
+    return writer.write(torch.cat(evenly([xt for _, xt, _ in steps])))
 
 
-def chain(path: Path, question: str = "5 2 3 * 1 7") -> list[str]:
+def chain(path: Path, question: str = "3 3 7 * 2 4") -> list[str]:
     """The chain of thoughts in every frame, a "_" for every token that is still masked."""
     cfg = reason.Config(**load_checkpoint(path, "reason")["config"])
     model, facts, _ = reason.load_model(cfg, path, CPU)
@@ -77,7 +77,7 @@ def frame(x: torch.Tensor, text: str, thoughts: str) -> Image.Image:
         canvas.paste(picture.resize((70, 70), Image.Resampling.BICUBIC), (8 + 75 * i, 8))
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(15)
     draw.multiline_text((8, 90), textwrap.fill(text, 98), fill="black", font=font, spacing=5)
-    draw.text((8, 178), f"325 × 71:  {thoughts}", fill="black", font=font)
+    draw.text((8, 178), f"733 x 42:  {thoughts}", fill="black", font=font)
     return canvas.convert("P", palette=Image.Palette.ADAPTIVE, colors=64)
 
 

@@ -1,5 +1,4 @@
-"""Every command of README.md and RESULTS.md runs, at a tiny size, in the order in which it stands there; and
-what they say of files holds."""
+"""Every command of README.md and RESULTS.md runs, at a tiny size; and what they say of files holds."""
 
 import os
 import re
