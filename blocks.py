@@ -68,7 +68,8 @@ class TokenTransformer(nn.Module):
         place: (m + n,), where [clean, xt] stand in [question, blocks]. see: (m + n, P + m + n), None for all.
         """
         n = xt.shape[1]
-        h = torch.cat([self.clean(clean), self.token(xt)], dim=1) + self.place(place)  # (B, m + n, D)
+        h = torch.cat([self.clean(clean), self.token(xt)], dim=1)  # (B, m + n, D)
+        h += self.place(place)
         clean_step = torch.zeros(1, 1, dtype=torch.long, device=h.device)
         emb = F.silu(self.level(clean_step))  # (1, 1, D)
         out, seen = self.body(h, emb, n, see, cache)

@@ -277,7 +277,8 @@ class Masked:
         t = torch.rand(x0.shape[:1], device=x0.device) if t is None else t
         xt = self.q_sample(x0, t)
         logits = model(xt, t, y).float()
-        return F.cross_entropy(logits.mT, x0, reduction="none") * (xt == self.mask_id)
+        error = F.cross_entropy(logits.flatten(0, 1), x0.flatten(), reduction="none").view_as(x0)
+        return error * (xt == self.mask_id)
 
 
 @torch.no_grad()

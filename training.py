@@ -336,9 +336,7 @@ class Run:
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         ids = [device.index] if device.type == "cuda" else None
-        # Buffers are constants here: they need no broadcast.
-        parallel = self.world > 1
-        self.model = DistributedDataParallel(self.net, ids, broadcast_buffers=False) if parallel else self.net
+        self.model = DistributedDataParallel(self.net, device_ids=ids) if self.world > 1 else self.net
 
     def steps(self, n: int, seconds: float = math.inf):
         """Yield (step, indices of this process's part of the batch) for n samples, until max_steps.
