@@ -36,6 +36,7 @@ from training import (
     need,
     pick_device,
     run_script,
+    same_settings,
     show,
 )
 from vae import small_gpt
@@ -66,9 +67,12 @@ def in_folder(cfg: Config, name: str) -> reason.Config:
 
 def seconds_of(cfg: reason.Config) -> float:
     """The training seconds of the run in cfg.out, 0 for none. Raises UserError for other settings."""
-    finished(cfg, cfg.out, FOREVER)
     path = Path(cfg.out) / "last.pt"
-    return load_checkpoint(path, cfg.kind)["seconds"] if path.exists() else 0.0
+    if not path.exists():
+        return 0.0
+    checkpoint = load_checkpoint(path, cfg.kind)
+    same_settings(cfg, checkpoint["config"], path, "keep it, or choose another --out")
+    return checkpoint["seconds"]
 
 
 # -- GPT-2 -------------------------------------------------------------------------------------------------

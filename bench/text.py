@@ -43,6 +43,7 @@ from training import (
     autocast,
     load_checkpoint,
     load_weights,
+    millions,
     need,
     pick_device,
     reason,
@@ -112,8 +113,7 @@ def train_gpt(writer: textgen.Writer, train: Pieces, test: Pieces, out: Path, na
     y, target, target_test = y.to(device), train.target.to(device), test.first(256).target
     steps = cfg.vae_steps + cfg.diffusion_steps
     run = Run(cfg, model, device, dict(stage=name), path.parent, steps, cfg.vae_batch, saved["extra"])
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"{name}: a GPT-2 of {size:.2f} M parameters, for at most {writer.seconds:.0f} s", flush=True)
+    print(f"{name}: a GPT-2 of {millions(model)}, for at most {writer.seconds:.0f} s", flush=True)
     for step, batch in run.steps(len(target), writer.seconds):
         with autocast(device, cfg.precision):
             loss = run.model(y[batch], target[batch])
