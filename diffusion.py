@@ -91,6 +91,7 @@ class Diffusion(nn.Module):
 
     def loss(self, model, x0: Tensor, y=None, t: Tensor | None = None) -> Tensor:
         """Losses (B,) of x0 (B, ...) at random steps, or (B, k) at steps t (B, k) of your own. Alg. 1."""
+        check_scale(x0)
         if t is None:
             t = torch.randint(1, self.T + 1, x0.shape[:1], device=x0.device)
         (a, s), eps, guess = self.at(t, x0), torch.randn_like(x0), ()
@@ -117,6 +118,14 @@ class Diffusion(nn.Module):
         if self.predict == "flow":
             return (xt - s * out) / (a + s)
         return out
+
+
+def check_scale(x0: Tensor) -> None:
+    """Raise ValueError for bytes and, on a CPU, where to look costs next to nothing, for values as large."""
+    largest = float(x0.abs().max()) if x0.device.type == "cpu" and len(x0) else 0.0
+    if not x0.is_floating_point() or largest > 50:
+        wanted = "x0 must be floats: images in [-1, 1] (x / 127.5 - 1), other data of about variance 1"
+        raise ValueError(f"{wanted}; got {x0.dtype}, the largest of them {largest:g}")
 
 
 # -- its samplers: from xt at step ts[0] down to x0 at step 0; they yield (step reached, xt, guess of x0) ---
@@ -340,8 +349,20 @@ class StepEmbedding(nn.Module):
         self.label = nn.Embedding(classes + 1, D)  # row 0 is "no label"
 
     def forward(self, t: Tensor, y: Tensor | None = None) -> Tensor:
-        y = torch.zeros_like(t, dtype=torch.long) if y is None else y + 1
-        return self.mlp(sinusoid(t, self.mlp[0].in_features)) + self.label(y)
+        if self.label.weight.dtype != torch.float32:
+            got = f"a network in {self.label.weight.dtype}"
+            raise TypeError(f"{got}: keep it in float32, and run it under torch.autocast for half precision")
+        y = torch.full_like(t, -1, dtype=torch.long) if y is None else y
+        if not isinstance(y, Tensor) or y.shape != t.shape:
+            got = tuple(y.shape) if isinstance(y, Tensor) else repr(y)
+            raise ValueError(f"y must be a tensor of {len(t)} labels, one for each sample, got {got}")
+        try:
+            label = self.label(y + 1)
+        except IndexError as error:  # on a CPU; to look on a GPU would mean to wait for it at every step
+            classes = self.label.num_embeddings - 1
+            known = f"a network with classes={classes} takes labels y from -1 (none) to {classes - 1}"
+            raise ValueError(f"{known}, got {y.min()} to {y.max()}") from error
+        return self.mlp(sinusoid(t, self.mlp[0].in_features)) + label
 
 
 # -- the UNet --------------------------------------------------------------------------------------------
@@ -375,7 +396,7 @@ class ImageAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(self.norm(x)).flatten(2).unflatten(1, (3, self.heads, -1))
         q, k, v = qkv.transpose(-1, -2).unbind(1)  # (B, heads, H W, C/heads)
-        h = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(x.shape)
+        h = attention(q, k, v, None).transpose(-1, -2).reshape(x.shape)
         return x + self.out(h)
 
 
@@ -431,9 +452,11 @@ class UNet(nn.Module):
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k' / sqrt(d)) v of q (B, heads, L, d) and k, v (B, heads, M, d), where mask is True."""
-    if q.device.type == "cuda":
+    # On a CPU, at short lengths and in bf16, the backward pass of torch's takes three times as long; at great
+    # ones it alone does without the matrix of all pairs, and only where the last axis is contiguous.
+    if q.device.type == "cuda" or q.shape[2] * k.shape[2] >= 2**20:
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    # On a CPU, at these lengths and in bf16, the backward pass of torch's takes three times as long.
     a = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     a = a if mask is None else a.masked_fill(~mask, -1e9)
     return a.softmax(-1).to(v.dtype) @ v

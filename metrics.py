@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import Images
-from training import UserError, reason, write_atomic
+from files import UserError, reason, write_atomic
 
 
 class Classifier(nn.Module):
@@ -53,12 +53,12 @@ def load_classifier(images: Images, cache: str, device: torch.device, steps=800)
     """The classifier of this data's training split, and its accuracy on the test split.
 
     It is trained once, with seed 0 and random shifts of up to 2 pixels, then read from the folder `cache`,
-    where the data's checksum names it. Raises UserError where the data has fewer than two classes or ten test
-    images.
+    where the data's checksum names it. Raises UserError where the data has fewer than two classes, or ten
+    images in a split.
     """
-    if len(images.names) < 2 or len(images.x_test) < 10:
-        got = f"{len(images.names)} classes and {len(images.x_test)} test images"
-        need = "at least two classes (subfolders) and 10 test images"
+    if len(images.names) < 2 or min(len(images.x), len(images.x_test)) < 10:
+        got = f"{len(images.names)} classes, {len(images.x)} training and {len(images.x_test)} test images"
+        need = "at least two classes (subfolders) and 10 images in each split"
         raise UserError(f"scores are taken in the features of a classifier, which needs {need}, got {got}")
     rng = torch.random.get_rng_state()  # the caller's draws stay as they would be without a score
     torch.manual_seed(0)
@@ -195,19 +195,38 @@ def inception_fid(samples: Tensor, real: Tensor) -> float:
 # -- texts -----------------------------------------------------------------------------------------------
 
 
+# Scripts that put no spaces between words: Thai, Lao, Myanmar, Khmer, Japanese and Chinese.
+SPACELESS = (
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+TOKENIZERS = {"words": "13a", "characters": "char"}  # sacrebleu's names
+
+
+def unit(texts: list[str]) -> str:
+    """What texts are counted in: "characters" where a fifth of these are of such scripts, else "words"."""
+    text = "".join(texts)
+    return "characters" if 5 * len(re.findall(SPACELESS, text)) > len(text) else "words"
+
+
 def bleu(texts: list[str], references: list[str]) -> float:
-    """Corpus BLEU of each text against its reference, 0..100, by sacrebleu with its own tokenizer."""
-    import sacrebleu
+    """Corpus BLEU of each text against its reference, 0..100, by sacrebleu, of words or characters (`unit`).
 
-    return sacrebleu.corpus_bleu(texts, [references]).score
+    NaN where no reference has four of these: BLEU would be 0 even of a copy.
+    """
+    from sacrebleu import corpus_bleu
+
+    how = TOKENIZERS[unit(references)]
+    copied = corpus_bleu(references, [references], tokenize=how).score
+    return corpus_bleu(texts, [references], tokenize=how).score if copied else math.nan
 
 
-def self_bleu(texts: list[str]) -> float:
+def self_bleu(texts: list[str], counted: str = "words") -> float:
     """Mean BLEU of each text against all others; NaN for a single one."""
-    import sacrebleu
+    from sacrebleu import sentence_bleu
 
     others = [texts[:i] + texts[i + 1 :] for i in range(len(texts))] if len(texts) > 1 else []
-    scores = [sacrebleu.sentence_bleu(a, b).score for a, b in zip(texts, others, strict=False)]
+    how = TOKENIZERS[counted]
+    scores = [sentence_bleu(a, b, tokenize=how).score for a, b in zip(texts, others, strict=False)]
     return float(np.mean(scores)) if scores else math.nan
 
 
@@ -219,10 +238,19 @@ def aubleu(points: list[tuple[float, float]]) -> float:
     return float(trapezoid(values, alpha_bar))
 
 
-def ngrams(text: str, n: int) -> list[tuple]:
-    """The n-grams of the words of a text."""
+def ngrams(text: str, n: int, counted: str = "words") -> list[tuple]:
+    """The n-grams of the words or the characters of a text."""
     words = text.split()
+    words = words if counted == "words" else "".join(words)
     return list(zip(*(words[i:] for i in range(n)), strict=False))
+
+
+def tfidf(texts: list[str], sublinear: bool = False):
+    """TF-IDF of words and pairs of them; of characters where the texts are counted so, or have no words."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    words = unit(texts) == "words" and re.search(r"\w\w", " ".join(texts))
+    return TfidfVectorizer(analyzer="word" if words else "char", ngram_range=(1, 2), sublinear_tf=sublinear)
 
 
 def score_texts(texts: list[str], train: list[str]) -> dict[str, float]:
@@ -230,38 +258,37 @@ def score_texts(texts: list[str], train: list[str]) -> dict[str, float]:
 
     dist1, dist2: the share of different n-grams among all. entropy: of the words, in nats. rep4: the share of
     4-grams that a text has said before, mean over texts. selfBLEU: of the first 50. nearest: mean cosine of
-    each text to its nearest training text (TF-IDF of words and pairs). words: of a text.
+    each text to its nearest training text (`tfidf`). words: of a text. Where training texts are counted in
+    characters (`unit`), all of these are.
     """
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    one, two = (list(itertools.chain.from_iterable(ngrams(text, n) for text in texts)) for n in (1, 2))
+    counted, grams = unit(train), {}
+    for n in (1, 2, 4):
+        grams[n] = [ngrams(text, n, counted) for text in texts]
+    one, two = (list(itertools.chain.from_iterable(grams[n])) for n in (1, 2))
     p = np.unique([word for (word,) in one], return_counts=True)[1] / max(1, len(one))
-    fours = [grams for grams in (ngrams(text, 4) for text in texts) if grams]
-    repeated = [1 - len(set(grams)) / len(grams) for grams in fours]
-    vectors = TfidfVectorizer(ngram_range=(1, 2)).fit(train)
+    repeated = [1 - len(set(fours)) / len(fours) for fours in grams[4] if fours]
+    vectors = tfidf(train).fit(train)
     cosine = (vectors.transform(texts) @ vectors.transform(train).T).max(axis=1).toarray()
-    return dict(
-        dist1=len(set(one)) / max(1, len(one)),
-        dist2=len(set(two)) / max(1, len(two)),
-        entropy=float((p * np.log(1 / p)).sum()),
-        rep4=float(np.mean(repeated)) if repeated else math.nan,
-        selfBLEU=self_bleu(texts[:50]),
-        nearest=float(cosine.mean()),
-        words=len(one) / len(texts),
-    )
+    return {
+        "dist1": len(set(one)) / max(1, len(one)),
+        "dist2": len(set(two)) / max(1, len(two)),
+        "entropy": float((p * np.log(1 / p)).sum()),
+        "rep4": float(np.mean(repeated)) if repeated else math.nan,
+        "selfBLEU": self_bleu(texts[:50], counted),
+        "nearest": float(cosine.mean()),
+        counted: len(one) / len(texts),
+    }
 
 
 def text_classifier(x: list[str], y: list[int], x_test: list[str], y_test: list[int]):
     """A function from texts to labels, fitted to x and y (two classes or more), and its accuracy on x_test.
 
-    It is a logistic regression on TF-IDF of words and pairs.
+    It is a logistic regression on TF-IDF (`tfidf`).
     """
-    from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
-    vectors = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
-    model = make_pipeline(vectors, LogisticRegression(C=10, max_iter=1000)).fit(x, y)
+    model = make_pipeline(tfidf(x, sublinear=True), LogisticRegression(C=10, max_iter=1000)).fit(x, y)
     return model.predict, float(model.score(x_test, y_test))
 
 
@@ -274,9 +301,10 @@ def agreement(a: list, b: list) -> float:
 
 
 def answer_of(chain: list[str]) -> str | None:
-    """What follows "####" in a chain's last thought, without spaces and commas; None where nothing does."""
+    """What follows "####" in a chain's last thought, without spaces and the commas of thousands, or None."""
     found = re.fullmatch(r"####(.*)", chain[-1].strip(), re.S) if chain else None
-    return (re.sub(r"[\s,]", "", found[1]) or None) if found else None
+    bare = "".join(found[1].split()) if found else ""
+    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", bare) or None
 
 
 def majority(answers: list[str | None]) -> str | None:

@@ -21,25 +21,25 @@ from torch import Tensor
 import metrics
 from blocks import Layout, TokenTransformer, generate
 from diffusion import Masked
+from files import UserError, is_main, load_checkpoint, load_weights, reading, say, show
 from tasks import ANSWER, TASKS, Problems, Tokens, load_problems
 from training import (
     Run,
-    UserError,
     autocast,
     check_run,
     finished,
-    is_main,
-    load_checkpoint,
-    load_weights,
     millions,
     need,
+    not_fatal,
     pick_device,
     run_name,
     run_script,
-    show,
+    saved_config,
     wait,
 )
 
+# The names and types of a checkpoint's facts, see `chain_facts`.
+FACTS = dict(alphabet=str, widths=list[int], example=str | None, problems=int, checksum=str)
 EVAL = "step,seconds,answer,chain"  # the columns of eval.csv
 VOTE_TEMPERATURE = 0.5  # at which the chains of a majority vote are drawn
 
@@ -49,7 +49,7 @@ class Config:
     """Hyperparameters. Edit the defaults here, or override any of them: python reason.py --lr 1e-3"""
 
     # -- data --
-    dataset: str = "mult"  # sums, adds, mult (made here), gsm8k (hub), or a jsonl or txt file, or a folder
+    dataset: str = "mult"  # sums, adds, mult (made here), gsm8k (hub), or the path of a file or a folder
     digits: tuple[int, int] = (3, 2)  # mult: of the two factors; adds: the first is that of each number
     terms: int = 4  # sums and adds: numbers to add
     train_n: int = 50_000  # training problems, or as many as there are
@@ -91,9 +91,13 @@ class Config:
 
     def __post_init__(self):
         check_run(self)
-        need(self, "train_n depth max_steps batch_size steps votes score_n", 1)
-        need(self, "temperature", 0)
-        need(self, "terms", 2)
+        need(self, "max_steps steps score_n", 1)
+        need(self, "train_n", 1, 10_000_000)
+        need(self, "batch_size", 1, 100_000)
+        need(self, "width", 16, 16_384)
+        need(self, "depth votes", 1, 1000)
+        need(self, "temperature", 0, 100)
+        need(self, "terms", 2, 100)
         need(self, "snapshot", 0, 1)
         need(self, "snapshot_temperature", 0.1, 100)
         need(self, "shift", 0.01, 100)
@@ -225,12 +229,18 @@ def train(cfg: Config, facts: dict, problems: Problems, device, seconds: float =
     questions, truth = problems.question_test[:200], problems.thoughts_test[:200]
     q_test = encode(facts, questions, truth)[:, : layout.q].to(device)
     run = Run(cfg, model, device, facts, cfg.out, cfg.max_steps, cfg.batch_size)
-    if run.main:
-        run.keep_rows(run.out / "eval.csv", EVAL)
-        print(
-            f"{run.out}: {millions(model)}, {len(ids)} training problems; {device}, {run.world} process(es)"
-        )
-    for step, batch in run.steps(len(ids), seconds):
+    size = f"{millions(model)}, {len(ids)} training problems"
+    say(f"{run.out}: {size}; {device}, {run.world} process(es)")
+
+    def look(step: int) -> None:
+        took = run.took()
+        with run.pause():
+            chains = chains_of(cfg, facts, run.ema.module, q_test, cfg.seed)
+            note(run, step, took, metrics.score_chains(chains, questions, truth, problems.check))
+
+    for _, batch in run.steps(len(ids), seconds):
+        if run.due(cfg.sample_every):
+            look(run.step - 1)
         q, x0 = ids[batch].split([layout.q, layout.k], dim=1)
         u = torch.rand(len(batch), len(slots), device=device)  # each thought has a step of its own
         t = (cfg.shift * u / (1 + (cfg.shift - 1) * u))[:, thought]
@@ -241,15 +251,9 @@ def train(cfg: Config, facts: dict, problems: Problems, device, seconds: float =
                 clean = torch.cat([q, own], dim=1)[:, : layout.c]
             loss = process.loss(run.model, x0, clean, t).mean()
         run.update(loss)
-        if step % cfg.sample_every == 0 or step == cfg.max_steps:
-            took = run.took()
-            with run.pause():
-                if run.main:
-                    chains = chains_of(cfg, facts, run.ema.module, q_test, cfg.seed)
-                    note(run, took, metrics.score_chains(chains, questions, truth, problems.check))
-                wait()
     if run.main:
-        print(f"trained {run.seconds:.0f} s; wrote {run.curve()}", flush=True)
+        look(run.step)
+        say(f"trained {run.seconds:.0f} s; wrote {run.curve()}")
 
 
 def snapshots(cfg: Config, process: Masked, model, x0: Tensor, clean: Tensor, t: Tensor) -> Tensor:
@@ -267,22 +271,29 @@ def snapshots(cfg: Config, process: Masked, model, x0: Tensor, clean: Tensor, t:
     return torch.where(chosen & (xt == process.mask_id), guess, x0)
 
 
-def note(run: Run, took: float, scores: dict) -> None:
+def note(run: Run, step: int, took: float, scores: dict) -> None:
     """Print the scores of a step, after `took` training seconds, and add them to eval.csv."""
     thoughts = " ".join(f"{share:.2f}" for share in scores["thoughts"])
     shares = f"answer {scores['answer']:.3f}, chain {scores['chain']:.3f}, thoughts {thoughts}"
-    print(f"step {run.step}, {took:.0f} s: {shares}", flush=True)
-    with open(run.out / "eval.csv", "a", encoding="utf-8") as file:
-        file.write(f"{run.step},{took:.3f},{scores['answer']},{scores['chain']}\n")
+    say(f"step {step}, {took:.0f} s: {shares}")
+    run.keep_rows(run.out / "eval.csv", EVAL, f"{step},{took:.3f},{scores['answer']},{scores['chain']}")
 
 
 # -- what the script does ----------------------------------------------------------------------------------
 
 
-def load_model(cfg: Config, path: Path, device: torch.device) -> tuple[TokenTransformer, dict, float]:
+def load(path, device="auto"):
+    """(process, model, facts) of the checkpoint at `path`, with the EMA weights: for use from Python."""
+    saved = load_checkpoint(path, Config.kind)["config"]
+    model, facts, _ = load_model(saved_config(Config, saved, path), path, pick_device(device))
+    return Masked(model.mask_id), model, facts
+
+
+def load_model(cfg: Config, path, device: torch.device) -> tuple[TokenTransformer, dict, float]:
     """The EMA weights in a checkpoint, its facts, and its training seconds."""
-    checkpoint = load_checkpoint(path, cfg.kind)
-    model = build(cfg, checkpoint["facts"], device)
+    checkpoint = load_checkpoint(path, cfg.kind, FACTS)
+    with reading(path):
+        model = build(cfg, checkpoint["facts"], device)
     load_weights(model, checkpoint["ema"], path)
     return model.eval(), checkpoint["facts"], checkpoint["seconds"]
 
@@ -351,10 +362,15 @@ def main(cfg: Config) -> None:
         show(cfg.out, "focus", focus(cfg, facts, model, cfg.prompt))
         return
     problems = load_problems(cfg.dataset, cfg.digits, cfg.terms, cfg.train_n, cfg.form)
+    if problems.note:
+        say(problems.note)
     path, facts = Path(given or f"{cfg.out}/last.pt"), chain_facts(problems, spaces=cfg.dataset not in TASKS)
-    if not given and finished(cfg, cfg.out, cfg.max_steps):
+    done = not given and finished(cfg, cfg.out, cfg.max_steps)
+    if done and path.with_name("curve.png").exists():
         say(f"{path} is finished: loaded, not trained again")
     elif not given:
+        # The curve comes last: without one the run was killed in between, and what is missing is made.
+        cfg = dataclasses.replace(cfg, resume=cfg.resume or done)
         sizes = f"{len(problems.question)} training and {len(problems.question_test)} test problems"
         say(f"{cfg.dataset}: {sizes}; {problems.question[0]} -> {' | '.join(problems.thoughts[0])}")
         train(cfg, facts, problems, device)
@@ -368,15 +384,13 @@ def main(cfg: Config) -> None:
         )
     question = problems.question_test[0]
     show(cfg.out, "focus", focus(cfg, trained, model, question))
-    if not cfg.sample_from:
+    if cfg.score_from:
         score(cfg, trained, model, problems, seconds)
+    elif not cfg.sample_from:
+        with not_fatal("scored"):
+            score(cfg, trained, model, problems, seconds)
     command = f"python reason.py --sample_from {shlex.quote(str(path))} --prompt {shlex.quote(question)}"
-    print(f"answer a question: {command}")
-
-
-def say(text: str) -> None:
-    if is_main():
-        print(text, flush=True)
+    say(f"answer a question: {command}")
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data import Split, Texts, hold_out_texts, rows, text_of
-from training import UserError
+from data import Split, Texts, hold_out_texts, text_of
+from files import UserError
+from tables import KINDS, lines_of, read_tables
 
-FILES = "a jsonl or txt file of problems, or a folder with train.jsonl and test.jsonl"
-OFFLINE = f"without a network use --dataset sums, adds or mult, or --dataset PATH ({FILES})"
+OFFLINE = f"without a network use --dataset sums, adds or mult, or --dataset PATH ({KINDS})"
 LONGEST_QUESTION, MOST_THOUGHTS = 1000, 16  # of a file: memory grows with the square of their length
 
 
@@ -114,7 +114,7 @@ TASKS = {
 class Problems:
     """Questions and thoughts of the training and the test split; a question is only in one of them.
 
-    check: that of their task; None where the right answer is the one in the file.
+    check: that of their task; None where the right answer is the one in the file. note: what was left out.
     """
 
     question: list[str]
@@ -122,6 +122,7 @@ class Problems:
     question_test: list[str]
     thoughts_test: list[list[str]]
     check: Callable | None = None
+    note: str = ""
 
     def checksum(self) -> str:
         texts = [*self.question, *map(" ".join, self.thoughts)]
@@ -150,21 +151,18 @@ def make_problems(task: str, digits: tuple[int, int], terms: int, n: int, n_test
 def load_problems(dataset: str, digits=(3, 2), terms=4, n=50_000, form="equations") -> Problems:
     """The problems of `dataset`: a task (digits, terms), gsm8k (hub), or the path of a file or folder.
 
-    A jsonl has question and answer, a txt lines question||thoughts #### answer, a folder train.jsonl
-    and test.jsonl.
+    A table has the columns question and answer, a txt lines question||thoughts #### answer.
 
     form: the thoughts of an answer are its "equations" in <<>>, or the lines of its "text". n: at most so
-    many training problems. Of a single file a tenth is held out; a training question that the test split
-    has too is left out. Raises UserError for a data set that is not to be had, a row that is not a problem,
-    or an empty split.
+    many training problems. Without a split "test" a tenth is held out; a training question that the test
+    split has too is left out. Raises UserError for a data set that is not to be had, a row that is not a
+    problem, or an empty split.
     """
     if dataset in TASKS:
         return make_problems(dataset, digits, terms, n)
-    where, splits = Path(dataset).name, {}
-    for name, table in read_splits(dataset).items():
-        splits[name] = [
-            read_problem(row, form, f"{where}, {name} row {i + 1}") for i, row in enumerate(table)
-        ]
+    (tables, left_out), where, splits = read_tables(dataset, OFFLINE), Path(dataset).name or dataset, {}
+    for name, table in tables.items():
+        splits[name] = [read_problem(row, form, place) for place, row in table]
     train, test = splits["train"], splits.get("test")
     if test is None:
         train, test = ([p for p in train if is_test_problem(p[0]) == held_out] for held_out in (False, True))
@@ -173,7 +171,13 @@ def load_problems(dataset: str, digits=(3, 2), terms=4, n=50_000, form="equation
             f"{where} has no <<equation>> in any answer: add --form text to take lines for thoughts"
         )
     tested = {question for question, _ in test}
-    return both_splits([p for p in train if p[0] not in tested][:n], test, where)
+    new = [p for p in train if p[0] not in tested]
+    problems = both_splits(new[:n], test, where)
+    known = f"left out: {len(train) - len(new)} training questions that the test split has too"
+    more = f"left out: {len(new) - n} training problems beyond --train_n {n}"
+    notes = [left_out, known if len(new) < len(train) else "", more if n < len(new) else ""]
+    problems.note = "; ".join(filter(None, notes))
+    return problems
 
 
 def both_splits(train: list[tuple], test: list[tuple], where: str, check=None) -> Problems:
@@ -184,24 +188,17 @@ def both_splits(train: list[tuple], test: list[tuple], where: str, check=None) -
     return Problems(*map(list, zip(*train, strict=True)), *map(list, zip(*test, strict=True)), check)
 
 
-def read_splits(dataset: str) -> dict:
-    """The splits "train" and, where there is one, "test", as tables whose rows have question and answer."""
-    path = Path(dataset)
-    if path.is_dir():
-        return {name: rows(str(path / f"{name}.jsonl"), OFFLINE)["train"] for name in ("train", "test")}
-    if dataset != "gsm8k" and path.suffix.lower() not in (".jsonl", ".txt"):
-        raise UserError(f"no data set {dataset!r}; {OFFLINE}")
-    if path.suffix.lower() == ".txt":
-        lines = [row["text"].strip("\ufeff ") for row in rows(dataset, OFFLINE)["train"]]
-        parts = [line.rpartition("||") for line in lines if line]
-        return {"train": [dict(question=question, answer=rest) for question, _, rest in parts]}
-    found = rows(dataset, OFFLINE)
-    return {name: found[name] for name in ("train", "test") if name in found}
-
-
 def read_problem(row: dict, form: str, where: str) -> tuple[str, list[str]]:
     """The question and the thoughts of a row. Raises UserError where it is not a problem."""
-    question, answer = (text_of(row.get(column), f"{where}: {column}") for column in ("question", "answer"))
+    if row.keys() == {"text"}:  # a line of a txt
+        question, bars, answer = text_of(row["text"], where).rpartition("||")
+        if not bars:
+            raise UserError(f"{where} has no || between question and thoughts; mend the line or take it out")
+        row = dict(question=question, answer=answer)
+    if not {"question", "answer"} <= row.keys():
+        has = ", ".join(row)[:300]
+        raise UserError(f"{where} has the columns {has}; a problem's are called question and answer: rename")
+    question, answer = (text_of(row[column], f"{where}: {column}") for column in ("question", "answer"))
     thoughts = read_thoughts(answer, form, where)
     if len(question) > LONGEST_QUESTION or len(thoughts) > MOST_THOUGHTS:
         got = f"{len(question)} characters in the question and {len(thoughts)} thoughts"
@@ -211,14 +208,21 @@ def read_problem(row: dict, form: str, where: str) -> tuple[str, list[str]]:
 
 
 def read_thoughts(answer: str, form: str, where: str) -> list[str]:
-    """The <<equations>> of an answer, or its lines as text; then "#### " and the number."""
-    chain, found, last = answer.partition("####")
-    if not found or not last.strip():
+    """The <<equations>> of an answer, or its lines as text; then "#### " and what is in that line.
+
+    It ends before "The answer is", which MetaMath says behind it. Raises UserError for none, for two, and
+    where the line goes on with a sentence: what of it is the answer?
+    """
+    chain, _, last = answer.partition("####")
+    line = re.split("the answer is", lines_of(last.strip())[0], flags=re.I)[0].strip()
+    if not line or "####" in last:
         raise UserError(f"{where}: no '#### number' at the end of the answer {answer[-60:]!r}; mend the row")
+    if re.search(r"[.:;!?]\s", line):
+        raise UserError(f"{where}: {line[:60]!r} is more than an answer; leave just that behind ####")
     thoughts = re.findall(r"<<.*?>>", chain)
     if form == "text":
-        thoughts = [re.sub(r"<<.*?>>", "", line).strip() for line in chain.splitlines()]
-    return [*filter(None, thoughts), f"#### {last.strip().splitlines()[0]}"]
+        thoughts = [re.sub(r"<<.*?>>", "", line).strip() for line in lines_of(chain)]
+    return [*filter(None, thoughts), f"#### {line}"]
 
 
 # -- characters as tokens ----------------------------------------------------------------------------------

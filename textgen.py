@@ -22,24 +22,21 @@ from torch import Tensor
 import metrics
 from data import Codec, Pieces, Texts, cut_texts, load_texts, pretrained_codec, train_codec
 from diffusion import SAMPLERS, Diffusion, LatentTransformer, cosine, drop_condition, sample
+from files import UserError, all_finite, is_main, load_checkpoint, load_weights, reading, reason, say, show
 from tasks import grammar_rating, grammar_texts
 from training import (
     FREE,
     Run,
-    UserError,
     autocast,
     check_run,
     finished,
-    is_main,
-    load_checkpoint,
-    load_weights,
     millions,
     need,
+    not_fatal,
     pick_device,
-    reason,
     run_name,
     run_script,
-    show,
+    saved_config,
     wait,
 )
 from vae import TextVAE, pretrained_backbones, small_backbones, substitute, untrained_backbones
@@ -52,10 +49,11 @@ class Config:
     """Hyperparameters. Edit the defaults here, or override any of them: python textgen.py --lr 1e-4."""
 
     # -- data --
-    # grammar (no download), tripadvisor, another hub name, or the path of a csv, jsonl, parquet or txt file
+    # grammar (no download), tripadvisor, another hub name, or the path of a csv, tsv, jsonl, json, parquet or
+    # txt file, or of a folder with such files train.* and test.*
     dataset: str = "tripadvisor"
     text_column: str | None = None  # column of the texts; None: guessed
-    label_column: str | None = None  # column of the classes, such as a rating; None: guessed
+    label_column: str | None = None  # column of the classes; None: guessed; the word none: no classes
     # tiny: from scratch, for a CPU; base: pretrained BERT and GPT-2, for a GPU; planner: base with PLANNER's
     # own VAE; auto: base where CUDA is there, else tiny
     size: Literal["auto", "tiny", "base", "planner"] = "auto"
@@ -129,8 +127,12 @@ class Config:
 
     def __post_init__(self):
         check_run(self)
-        need(self, "k span d vae_depth depth vae_steps vae_batch diffusion_steps diffusion_batch", 1)
-        need(self, "latent_noise beta", 0)
+        need(self, "vae_steps diffusion_steps", 1)
+        need(self, "vae_batch diffusion_batch", 1, 100_000)
+        need(self, "width vae_width", 8, 16_384)
+        need(self, "d", 1, 16_384)
+        need(self, "k span vae_depth depth", 1, 1000)
+        need(self, "latent_noise beta", 0, 1000)
         need(self, "max_tokens", 4, 1024 - self.k)  # GPT-2 has 1024 positions
         need(self, "vocab", 300, 100_000)  # 256 bytes and something
         need(self, "guidance", 0, 1000)
@@ -159,6 +161,11 @@ RECIPES = {  # what a size or a data set has in place of the defaults; flags ove
 }
 RECIPES["planner"] = RECIPES["base"] | dict(span=1, variance="learned", beta=1e-5, p_max=0.0)
 
+# The names and types of a checkpoint's facts.
+FACTS = dict(stage=str, codec=dict(encoder=str, decoder=str, eos=int, max_tokens=int), names=list[str])
+FACTS |= dict(checksum=str)
+FACTS_IN = {"vae": FACTS, "diffusion": FACTS | dict(vae=str, vae_seconds=float)}
+
 # One VAE serves several diffusions. What a size stands for is compared, not its name.
 OF_THE_DIFFUSION = frozenset("condition shift self_condition label_drop width depth diffusion_batch".split())
 FREE_IN = {"vae": FREE | {"size"} | OF_THE_DIFFUSION, "diffusion": FREE | {"size"}}
@@ -175,8 +182,8 @@ def texts_of(cfg: Config) -> Texts:
     """The texts of cfg.dataset."""
     if cfg.dataset != "grammar":
         return load_texts(cfg.dataset, cfg.text_column, cfg.label_column, cfg.column)
-    if cfg.column:
-        raise UserError(f"the grammar has no column {cfg.column}: --condition label, none or prefix")
+    if column := cfg.column or cfg.text_column or cfg.label_column:
+        raise UserError(f"the grammar has no column {column}: --condition label, none or prefix")
     return grammar_texts()
 
 
@@ -186,6 +193,10 @@ def split_pieces(cfg: Config, codec: Codec, texts: Texts, name: str, batch: int 
     pieces = cut_texts(getattr(texts, name), codec, overlap, prefix=cfg.condition == "prefix")
     if len(pieces.x) < batch:
         raise UserError(f"{len(pieces.x)} pieces of text are fewer than a batch of {batch}: give more texts")
+    # Only where a single character has more tokens than that.
+    cut = int((pieces.target != codec.eos).all(1).sum())
+    if cut:
+        say(f"{cut} of {len(pieces.x)} pieces ({name}) are cut at --max_tokens {cfg.max_tokens}")
     long = sum(not codec.fits(text) for text in pieces.c) if cfg.reads_text else 0
     if long and is_main():
         print(f"{long} of {len(pieces.c)} conditions ({name}) are read up to --max_tokens {cfg.max_tokens}")
@@ -198,7 +209,8 @@ def split_pieces(cfg: Config, codec: Codec, texts: Texts, name: str, batch: int 
 def pick_codec(cfg: Config, texts: Texts, path: Path) -> Codec:
     """The tokenizers: those of the checkpoint at `path`, if any, otherwise trained or pretrained ones."""
     if path.exists():
-        return Codec(**load_checkpoint(path, cfg.kind)["facts"]["codec"])
+        with reading(path):
+            return Codec(**load_checkpoint(path, cfg.kind, FACTS_IN["vae"])["facts"]["codec"])
     if cfg.encoder == cfg.decoder == "scratch":
         return train_codec(texts.train.x, cfg.vocab, cfg.max_tokens)
     if "scratch" in (cfg.encoder, cfg.decoder):
@@ -252,30 +264,36 @@ def train_vae(cfg: Config, texts: Texts, out: Path, device) -> None:
         stage="vae", codec=asdict(codec), names=texts.names, checksum=texts.checksum(conditions=False)
     )
     vae = build_vae(cfg, facts, device)
-    train = split_pieces(cfg, codec, texts, "train", cfg.vae_batch)
+    # Too few for the diffusion is said now, not after the VAE's hours.
+    train = split_pieces(cfg, codec, texts, "train", max(cfg.vae_batch, cfg.diffusion_batch))
     test = split_pieces(cfg, codec, texts, "test")
     run = Run(cfg, vae, device, facts, out, cfg.vae_steps, cfg.vae_batch, free=FREE_IN["vae"])
-    if run.main:
-        print(f"{len(texts.train.x)} training texts in {len(train.x)} pieces, {len(test.x)} held-out pieces")
-        print(f"VAE: {millions(vae)}, {cfg.k} latents of width {cfg.d}, on {device}", flush=True)
+    say(f"{len(texts.train.x)} training texts in {len(train.x)} pieces, {len(test.x)} held-out pieces")
+    say(f"VAE: {millions(vae)}, {cfg.k} latents of width {cfg.d}, on {device}")
     ids, target = train.ids.to(device), train.target.to(device)
     for step, batch in run.steps(len(ids)):
+        if run.due(cfg.sample_every):
+            with run.pause():
+                look(run, test, device, step - 1)
         with autocast(device, cfg.precision):
             loss = run.model(ids[batch], target[batch])
         run.update(loss)
-        if run.main and (step % cfg.sample_every == 0 or step == cfg.vae_steps):
-            with run.pause():
-                nats = held_out_nats(run.ema.module, test.first(128), device)
-            print(f"step {step}: {told(nats)}", flush=True)
-            if step >= ALARM_FROM and len(test.x) > 1 and nats["shuffled"] - nats["matched"] < 0.1:
-                print("warning: the decoder ignores the latents: lower --beta or --p_max, or train longer")
     if run.main:
+        look(run, test, device, run.step)
         few, lines = test.first(8), []
         z = encode_all(run.ema.module, few.ids, device).to(device)
         for text, copy in zip(few.x, codec.decode(run.ema.module.generate(z, cfg.max_tokens)), strict=True):
             lines += [f"original       {text}", f"reconstruction {copy}", ""]
         show(out, "reconstructions", lines)
-        print(f"trained {run.seconds:.0f} s; wrote {run.curve()}", flush=True)
+        say(f"trained {run.seconds:.0f} s; wrote {run.curve()}")
+
+
+def look(run: Run, test: Pieces, device, step: int) -> None:
+    """Print the nats of held-out texts after a step of the VAE, and warn where the latents are ignored."""
+    nats = held_out_nats(run.ema.module, test.first(128), device)
+    say(f"step {step}: {told(nats)}")
+    if step >= ALARM_FROM and len(test.x) > 1 and nats["shuffled"] - nats["matched"] < 0.1:
+        say("warning: the decoder ignores the latents: lower --beta or --p_max, or train longer")
 
 
 def told(nats: dict[str, float]) -> str:
@@ -287,8 +305,11 @@ def told(nats: dict[str, float]) -> str:
 
 
 def load_vae(cfg: Config, facts: dict, weights: dict, path, device) -> TextVAE:
-    """The frozen VAE of a checkpoint."""
-    vae = build_vae(cfg, facts, device)
+    """The frozen VAE of a checkpoint, from what is in it alone: nothing is downloaded in its name."""
+    with reading(path):
+        if cfg.encoder != "scratch" and "backbones" not in facts:
+            raise ValueError(f"the shapes of {cfg.encoder} and {cfg.decoder} are missing")
+        vae = build_vae(cfg, facts, device)
     load_weights(vae, weights, path)
     return vae.eval().requires_grad_(False)
 
@@ -311,7 +332,7 @@ def rows_of(y, index):
 def train_diffusion(cfg: Config, texts: Texts, out: Path, device) -> None:
     """Train the diffusion in the folder `out`, over the latents of the VAE beside it."""
     path = out.parent / "vae" / "last.pt"
-    checkpoint = load_checkpoint(path, cfg.kind)
+    checkpoint = load_checkpoint(path, cfg.kind, FACTS_IN["vae"])
     weights, facts = checkpoint["ema"], checkpoint["facts"]
     if facts["checksum"] != texts.checksum(conditions=False):
         raise UserError(f"{path} was trained on other texts than {cfg.dataset} has now; choose another --out")
@@ -327,19 +348,18 @@ def train_diffusion(cfg: Config, texts: Texts, out: Path, device) -> None:
     y = writer.condition(train.y, train.c)
     sizes, extra = (cfg.diffusion_steps, cfg.diffusion_batch), dict(vae=weights, mean=mean, std=std)
     run = Run(cfg, model, device, facts, out, *sizes, extra, FREE_IN["diffusion"])
-    if run.main:
-        print(f"denoiser: {millions(model)}, on the latents of {len(z)} texts", flush=True)
+    say(f"denoiser: {millions(model)}, on the latents of {len(z)} texts")
     for step, batch in run.steps(len(z)):
+        if run.due(cfg.sample_every):
+            with run.pause():
+                writer.model = run.ema.module
+                show_samples(writer, out, texts, each=1, name=f"{step - 1:06}")
         y_batch = drop_condition(rows_of(y, batch), cfg.label_drop)
         with autocast(device, cfg.precision):
             loss = process.loss(run.model, z[batch], y_batch).mean()
         run.update(loss)
-        if run.main and step % cfg.sample_every == 0 and step < cfg.diffusion_steps:
-            with run.pause():
-                writer.model = run.ema.module
-                show_samples(writer, out, texts, each=1, name=f"{step:06}")
     if run.main:
-        print(f"trained {run.seconds:.0f} s; wrote {run.curve()}", flush=True)
+        say(f"trained {run.seconds:.0f} s; wrote {run.curve()}")
 
 
 @dataclass
@@ -388,7 +408,7 @@ class Writer:
         condition = self.condition(y, c)
         guided = cfg.reads_text or cfg.condition == "label" and self.names
         how = dict(sampler=cfg.sampler, steps=cfg.steps, guidance=cfg.guidance if guided else 0.0)
-        for part in torch.arange(len(y)).split(256):
+        for part in torch.arange(len(y)).split(cfg.diffusion_batch):  # as many as the training had room for
             shape, rows = (len(part), cfg.k, cfg.d), rows_of(condition, part.to(self.device))
             with autocast(self.device, cfg.precision):
                 x0.append(sample(self.process, self.model, shape, rows, generator=generator, **how).cpu())
@@ -423,24 +443,37 @@ class Writer:
         return f"{self.cfg.sampler}_{self.cfg.steps}_guidance{self.cfg.guidance:g}_seed{self.cfg.seed}"
 
 
+def load(path, device="auto") -> Writer:
+    """The writer in a checkpoint of the diffusion at `path`, with its settings: for use from Python.
+
+    `load(path).sample(y, c)` are new texts; .process, .model and .vae are its parts.
+    """
+    saved = load_checkpoint(path, Config.kind)["config"]
+    return load_writer(saved_config(Config, saved, path), path, pick_device(device))
+
+
 def load_writer(cfg: Config, path, device, texts: Texts | None = None) -> Writer:
     """The writer in a checkpoint of the diffusion.
 
     Raises UserError for a VAE's, for one whose parts do not fit, and for one trained on other texts.
     """
-    checkpoint = load_checkpoint(path, cfg.kind)
+    checkpoint = load_checkpoint(path, cfg.kind, FACTS)
     facts, extra = checkpoint["facts"], checkpoint["extra"]
     if facts["stage"] != "diffusion":
         wanted = "give that of the diffusion, out/NAME/diffusion/last.pt"
         raise UserError(f"{path} is the checkpoint of a {facts['stage']}; {wanted}")
     if texts and texts.checksum() != facts["checksum"]:
         raise UserError(f"{cfg.dataset} is not the data of {path}: a score needs its training and test split")
-    vae = load_vae(cfg, facts, extra["vae"], path, device)
-    process, model = build_denoiser(cfg, facts, vae, device)
-    load_weights(model, checkpoint["ema"], path)
-    seconds = facts["vae_seconds"] + checkpoint["seconds"]
-    parts = (Codec(**facts["codec"]), vae, process, model.eval(), extra["mean"], extra["std"])
-    return Writer(cfg, *parts, facts["names"], device, seconds)
+    with reading(path):
+        vae = load_vae(cfg, facts, extra["vae"], path, device)
+        process, model = build_denoiser(cfg, facts, vae, device)
+        load_weights(model, checkpoint["ema"], path)
+        for part in ("mean", "std"):
+            if extra[part].shape != (cfg.k, cfg.d) or not all_finite([extra[part]]):
+                raise ValueError(f"the {part} of its latents is not finite, or of another shape")
+        seconds = facts["vae_seconds"] + checkpoint["seconds"]
+        parts = (Codec(**facts["codec"]), vae, process, model.eval(), extra["mean"], extra["std"])
+        return Writer(cfg, *parts, facts["names"], device, seconds)
 
 
 def show_samples(writer: Writer, out: Path, texts: Texts | None, each=4, name: str | None = None) -> None:
@@ -465,7 +498,7 @@ def show_samples(writer: Writer, out: Path, texts: Texts | None, each=4, name: s
             lines += [f"given  {c}", f"new    {text}", f"real   {x}", ""]
     else:
         raise UserError(f"this checkpoint goes on from a text (--condition {cfg.condition}): give a --prompt")
-    print("wrote", show(out, name or f"samples_{writer.tag}", lines))
+    say(f"wrote {show(out, name or f'samples_{writer.tag}', lines)}")
 
 
 # -- the score -------------------------------------------------------------------------------------------
@@ -487,7 +520,8 @@ def score(writer: Writer, texts: Texts, out: Path) -> None:
     rows = new_and_real(writer, train, test)
     print(f"  samples: {writer.tag}, {time.perf_counter() - start:.1f} s", flush=True)
     for name, values in score_rows(cfg, rows, train, test).items():
-        print(f"  {name:10}" + "".join(f"  {key} {value:.3g}" for key, value in values.items()), flush=True)
+        known = {key: value for key, value in values.items() if not math.isnan(value)}
+        print(f"  {name:10}" + "".join(f"  {key} {value:.3g}" for key, value in known.items()), flush=True)
     show(out, f"planning_{writer.tag}", writer.planning(held_out.first(1)))
     show(out, f"interpolation_{writer.tag}", writer.interpolation(held_out.first(2).ids))
 
@@ -500,10 +534,12 @@ def score_vae(writer: Writer, held_out: Pieces) -> None:
     spoilt = substitute(ids, torch.full((len(ids),), 0.3), vae.encoder.config.vocab_size)
     read = [codec.tokenizers[0].decode([i for i in row if i >= 0]).strip() for row in spoilt.tolist()]
     clean, robust = (metrics.bleu(writer.write(writer.latents(tokens)), real) for tokens in (ids, spoilt))
-    copied = metrics.bleu(read, real)
-    print(
-        f"  VAE: BLEU {clean:.1f}; of 30% substituted {robust:.1f}, where that text itself has {copied:.1f}"
-    )
+    copied, unit = metrics.bleu(read, real), metrics.unit(real)
+    if math.isnan(clean):
+        say(f"  VAE: no BLEU and no AuBLEU, since no held-out text has four {unit}")
+    else:
+        beside = f"of 30% substituted {robust:.1f}, where that text itself has {copied:.1f}"
+        say(f"  VAE: BLEU of {unit} {clean:.1f}; {beside}")
     print(f"  {told(held_out_nats(vae, held_out, writer.device))}", flush=True)
 
 
@@ -511,11 +547,13 @@ def score_denoiser(writer: Writer, held_out: Pieces) -> None:
     """Print AuBLEU: BLEU of texts written from the guess of their noised latents, over alpha_bar. PLANNER."""
     real, condition = writer.codec.decode(held_out.target), writer.condition(held_out.y, held_out.c)
     x0, points = writer.latents(held_out.ids), []
+    ceiling = metrics.bleu(writer.write(x0), real)
+    if math.isnan(ceiling):  # no text is long enough for it
+        return
     for tenths in range(10, 0, -1):
         t = T * tenths // 10
         guess = writer.write(writer.guess(x0, condition, t))
         points.append((writer.process.a[t] ** 2, metrics.bleu(guess, real)))
-    ceiling = metrics.bleu(writer.write(x0), real)
     area = metrics.aubleu([*points, (1.0, ceiling)])
     grid = ", ".join(f"{alpha_bar:.2f}: {bleu:.1f}" for alpha_bar, bleu in points)
     print(f"  AuBLEU {area:.1f} of {ceiling:.1f} (n={len(real)}): {grid}", flush=True)
@@ -563,8 +601,10 @@ def main(cfg: Config) -> None:
     if is_main() and not cfg.score_from:
         why = "CUDA is here" if torch.cuda.is_available() else "there is no CUDA here"
         why = why if cfg.size == "auto" else "as a flag or the recipe of the data says"
-        print(f"size {chosen(cfg.size)}: {why}", flush=True)
+        say(f"size {chosen(cfg.size)}: {why}")
     texts = texts_of(cfg)
+    if texts.note:
+        say(texts.note)
     if cfg.score_from:
         return score(load_writer(cfg, cfg.score_from, device, texts), texts, out)
     for stage, train, steps in (
@@ -573,19 +613,20 @@ def main(cfg: Config) -> None:
     ):
         if not finished(cfg, out / stage, steps, FREE_IN[stage]):
             train(cfg, texts, out / stage, device)
-        elif is_main():
-            print(f"{out / stage / 'last.pt'} is finished: loaded, not trained again")
+        # The curve comes last: without one the run was killed in between, or copied from elsewhere.
+        elif not (out / stage / "curve.png").exists():
+            train(dataclasses.replace(cfg, resume=True), texts, out / stage, device)
+        else:
+            say(f"{out / stage / 'last.pt'} is finished: loaded, not trained again")
         wait()
     if is_main():
         path = out / "diffusion" / "last.pt"
         writer = load_writer(cfg, path, device, texts)
         show_samples(writer, path.parent, texts)
-        try:
+        with not_fatal("scored"):
             if cfg.score_n:
                 score(writer, texts, path.parent)
-        except UserError as error:  # of a few texts there is a run, but no score
-            print(f"not scored: {error}")
-        print(f"sample again: python textgen.py --sample_from {shlex.quote(str(path))}")
+        say(f"sample again: python textgen.py --sample_from {shlex.quote(str(path))}")
 
 
 if __name__ == "__main__":

@@ -5,19 +5,22 @@ moment and resumed ends with the same bits as one that was not (on one device, C
 """
 
 import argparse
-import csv
 import functools
 import gc
+import io
 import json
 import math
 import os
 import signal
+import socket
 import sys
+import threading
 import time
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import asdict, fields
 from pathlib import Path
 
+import filelock
 import torch
 import torch.distributed as dist
 import tyro
@@ -26,27 +29,38 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from files import (
+    UserError,
+    all_finite,
+    figure,
+    fits,
+    is_main,
+    load_checkpoint,
+    load_weights,
+    printable,
+    read_rows,
+    reading,
+    reason,
+    say,
+    write_atomic,
+    write_lines,
+)
+
 # What a run may change when it is resumed, and a checkpoint when it is sampled from: every field of a Config
 # that says nothing of what its weights have learned. All other fields are fixed, also one that is added
-# tomorrow.
+# tomorrow. The path of the data is free: its checksum, among the facts, says what data it is.
 FREE = frozenset(
-    "out device data_dir precision max_steps vae_steps diffusion_steps lr warmup ema_decay log_every "
+    "dataset out device data_dir precision max_steps vae_steps diffusion_steps lr warmup ema_decay log_every "
     "sample_every save_every resume sample_from score_from sampler order steps guidance temperature top_p "
-    "votes prompt score_n".split()
+    "votes prompt score_n classes n".split()
 )
-OF_THE_DATA = frozenset("seed batch_size dataset".split())  # free too where nothing is trained
+OF_THE_TRAINING = frozenset("seed batch_size".split())  # free too where nothing is trained
+
+# A closed terminal sends SIGHUP, and a cluster SIGUSR1 some time before it ends a job. Windows has neither.
+SIGNALS = [getattr(signal, name) for name in "SIGINT SIGTERM SIGHUP SIGUSR1".split() if hasattr(signal, name)]
 
 
-class UserError(Exception):
-    """A mistake that the user can mend: what was got, what is wanted, what to do; the exit status is 2."""
-
-
-def reason(error: Exception) -> str:
-    """The first line of what a library raised."""
-    return (str(error) or type(error).__name__).splitlines()[0][:150]
-
-
-def need(cfg, names: str, low: float, high: float = math.inf) -> None:
+def need(cfg, names: str, low: float, high: float = 10**9) -> None:
     """Raise ValueError where one of cfg's fields in `names`, with spaces between, is not in [low, high]."""
     for name in names.split():
         if not low <= getattr(cfg, name) <= high:
@@ -64,18 +78,69 @@ def check_run(cfg) -> None:
         raise ValueError("choose one of sample_from and score_from")
 
 
+@contextmanager
+def not_fatal(done: str):
+    """Turn an error in what comes after a training, which was to be `done`, into a line: the run is whole."""
+    try:
+        yield
+    except (UserError, OSError, ValueError) as error:
+        say(f"not {done}: {error}")
+
+
 # -- a script: from the command line to the exit status ---------------------------------------------------
 
 
 def run_script(config_class, main, doc: str) -> None:
     """Read the command line and call main(cfg); a UserError is one message and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what the terminal cannot show is written out
+            stream.reconfigure(errors="backslashreplace")
     try:
-        main(read_config(config_class, doc))
+        with on_signals(stop_now):
+            main(read_config(config_class, doc))
     except (UserError, OSError) as error:  # an OSError names the file
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        sizes = ", ".join(f"--{field.name}" for field in fields(config_class) if "batch" in field.name)
+        fail(f"out of memory ({reason(error)}); lower {sizes}, or the size of the model or the data")
     finally:
         leave()
+
+
+def fail(text: str) -> None:
+    """Print an error and leave with status 2."""
+    if not is_main():
+        time.sleep(5)  # the main process has most likely said it, and torchrun ends this one meanwhile
+    print(f"error: {printable(text)}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextmanager
+def on_signals(handler):
+    """Call handler(number, frame) at each of SIGNALS, but for one that is ignored (nohup).
+
+    Python allows it in the main thread only; a training in another one is not told of signals.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: old for number, old in before.items() if old not in (signal.SIG_IGN, None)}
+    try:
+        for number in before:
+            signal.signal(number, handler)
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def stop_now(number: int, _) -> None:
+    """Leave at a signal outside of a training's steps."""
+    signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+    say(f"stopped by {signal.Signals(number).name}; what was saved is kept")
+    sys.exit(128 + number)
 
 
 def read_config(config_class, doc: str):
@@ -91,7 +156,7 @@ def read_config(config_class, doc: str):
             f"--{name}", f"--{name.replace('_', '-')}", default=getattr(config_class, name), nargs="?"
         )
     given = flags.parse_known_args()[0]
-    parse = functools.partial(tyro.cli, config_class, description=doc, use_underscores=True)
+    parse = functools.partial(parse_flags, config_class, doc)
     path = "sample_from" in names and (given.sample_from or given.score_from)
     if not path or "--help" in sys.argv:
         recipe = config_class.recipe(given) if hasattr(config_class, "recipe") else {}
@@ -104,13 +169,26 @@ def read_config(config_class, doc: str):
         sample_from=None,
         score_from=None,
     )
-    try:
-        default = config_class(**saved | fresh)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path} has a configuration of another version of this script: {error}") from error
-    cfg = parse(default=default)
-    same_settings(cfg, saved, path, "leave the flag out", FREE | OF_THE_DATA)
+    cfg = parse(default=saved_config(config_class, saved | fresh, path))
+    same_settings(cfg, saved, path, "leave the flag out", FREE | OF_THE_TRAINING)
     return cfg
+
+
+def parse_flags(config_class, doc: str, default):
+    """The configuration that the command line makes of `default`; of torchrun's processes one complains."""
+    silence = io.StringIO()
+    said = (sys.stdout, sys.stderr) if is_main() else (silence, silence)
+    with redirect_stdout(said[0]), redirect_stderr(said[1]):
+        return tyro.cli(config_class, description=doc, use_underscores=True, default=default)
+
+
+def saved_config(config_class, saved: dict, path):
+    """The configuration that a checkpoint saved. Raises UserError where it is not one of this version."""
+    with reading(path):
+        for field in fields(config_class):
+            if field.name in saved and not fits(saved[field.name], field.type):
+                raise ValueError(f"its {field.name} is {saved[field.name]!r}")
+        return config_class(**saved)
 
 
 def run_name(dataset: str) -> str:
@@ -123,11 +201,6 @@ def leave() -> None:
     if dist.is_initialized():
         gc.collect()  # DDP's reference cycles would keep gloo's threads alive: at exit it aborts now and then
         dist.destroy_process_group()
-
-
-def is_main() -> bool:
-    """Whether this process is the one that writes files and prints."""
-    return int(os.environ.get("RANK", 0)) == 0
 
 
 def world_size() -> int:
@@ -193,62 +266,7 @@ def millions(model: nn.Module) -> str:
     return f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
 
 
-# -- files -----------------------------------------------------------------------------------------------
-
-
-def write_atomic(path: Path, write) -> None:
-    """Call write(file) on a temporary file beside `path`, flush it to disk and rename it.
-
-    A reader sees the old file or the new one.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(tmp, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
-
-
-def write_lines(path: Path, lines: list[str]) -> None:
-    write_atomic(path, lambda file: file.write("\n".join([*lines, ""]).encode()))
-
-
-def load_checkpoint(path, kind: str) -> dict:
-    """The checkpoint of script `kind` at `path`, on the CPU.
-
-    Raises UserError where it is missing, damaged, unsafe or of another script.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"no checkpoint at {path}; a training run writes out/NAME/last.pt")
-    try:
-        # Tensors and plain types only: a hostile file can run nothing.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a different type for each way in which a file can be broken
-        cause = f"truncated, or holding code?): {reason(error)}"
-        raise UserError(f"{path} is not a checkpoint that can be loaded safely ({cause}") from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("kind") != kind:
-        raise UserError(
-            f"{path} is not a checkpoint of {kind}.py; give one that it has written (out/NAME/last.pt)"
-        )
-    if missing := {"config", "facts", "step", "seconds", "model", "ema", "opt", "extra"} - checkpoint.keys():
-        lacks = ", ".join(sorted(missing))
-        raise UserError(
-            f"{path} lacks {lacks}: it was not written whole by {kind}.py; train again, or take another"
-        )
-    return checkpoint
-
-
-def load_weights(model: nn.Module, weights: dict, path) -> None:
-    """Load `weights` of the checkpoint at `path`. Raises UserError where they are another model's."""
-    try:
-        model.load_state_dict(weights)
-    except (RuntimeError, TypeError) as error:
-        detail = " ".join(str(error).split())[:250]
-        raise UserError(f"{path} holds the weights of another model: {detail}") from error
+# -- the loop --------------------------------------------------------------------------------------------
 
 
 def same_settings(cfg, saved: dict, path, way_out: str, free=FREE) -> None:
@@ -268,46 +286,23 @@ def finished(cfg, out, max_steps: int, free=FREE) -> bool:
     return checkpoint["step"] >= max_steps
 
 
-def show(out, name: str, lines: list[str]) -> Path:
-    """Print the lines and write them to samples/NAME.txt."""
-    path = Path(out) / "samples" / f"{name}.txt"
-    write_lines(path, lines)
-    print(f"\n-- {name} --", *lines, sep="\n", flush=True)
-    return path
-
-
-@contextmanager
-def figure(path: Path, size: tuple[float, float]):
-    """A matplotlib figure and its axes, of `size` in inches, written to `path` at the end."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, ax = plt.subplots(figsize=size, layout="constrained")
-    yield fig, ax
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
-
-
-# -- the loop --------------------------------------------------------------------------------------------
-
-
 def ema_ramp(step: int, limit: float) -> float:
     """The EMA's decay at step 1, 2, ...: it grows to `limit`: a short run must forget its first weights."""
     return min(limit, (1 + step) / (10 + step))
 
 
+LOG = "step,loss,lr,seconds,samples_per_second"  # the columns of log.csv
+
+
 class Run:
     """A training run in its folder: `for step, batch in run.steps(n): run.update(loss of run.model)`.
 
-    cfg: a script's Config, of which seed, precision, lr, warmup, ema_decay, log_every, save_every and resume
-    are read here. facts: what the data says and sampling needs, in plain types; a resumed run must agree with
-    it. extra: tensors that sampling needs, kept in the checkpoint as they are (a frozen network). free: the
-    fields that a resumed run may change. run.model is the network to train, run.ema the averaged one to
-    sample from. Raises UserError where the folder holds a run already and cfg.resume is off, or where the two
-    do not fit.
+    cfg: a script's Config, of which seed, lr, warmup, ema_decay, log_every, save_every, sample_every and
+    resume are read here. facts: what the data says and sampling needs, in plain types; a resumed run must
+    agree with it. extra: tensors that sampling needs, kept in the checkpoint as they are (a frozen network).
+    free: the fields that a resumed run may change. run.model is the network to train, run.ema the averaged
+    one to sample from. Raises UserError where the folder holds a run already and cfg.resume is off, where the
+    two do not fit, or where another process is at work in the folder.
     """
 
     def __init__(
@@ -325,16 +320,18 @@ class Run:
         self.ema = AveragedModel(self.net, multi_avg_fn=self._average).eval()
         fused = device.type != "mps"
         self.opt = torch.optim.AdamW(self.net.parameters(), lr=cfg.lr, weight_decay=0.0, fused=fused)
+        self.paused = False
+        self.lock = self._lock() if self.main else None
         path = self.out / "last.pt"
         self.resumed = path.exists()
         if self.resumed and not cfg.resume:
             raise UserError(f"{path} exists already: add --resume to go on with it, or choose another --out")
         if self.resumed:
             self._load(path, free)
-        elif cfg.resume and self.main:
-            print(f"nothing to resume: there is no {path}; starting from step 0")
+        elif cfg.resume:
+            say(f"nothing to resume: there is no {path}; starting from step 0")
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         ids = [device.index] if device.type == "cuda" else None
         self.model = DistributedDataParallel(self.net, device_ids=ids) if self.world > 1 else self.net
 
@@ -348,36 +345,52 @@ class Run:
         def on_signal(number, _):
             signals.append(number)
             signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+            if self.paused:  # the step before is saved
+                self._stop(number, self.step - 1)
 
-        before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            bar = self._begin()
-            while self.step < self.max_steps and (self.seconds < seconds or self.step == 0):
-                self.step += 1
-                seed_step(self.cfg.seed, self.step, self.rank)
-                yield self.step, self._batch(n)
-                bar.update()
-                self._after_step(bar, signals, seconds)
-        finally:
-            if bar is not None:
-                bar.close()
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        with on_signals(on_signal):
+            try:
+                bar = self._begin()
+                while self.step < self.max_steps and (self.seconds < seconds or self.step == 0):
+                    self.step += 1
+                    seed_step(self.cfg.seed, self.step, self.rank)
+                    yield self.step, self._batch(n)
+                    bar.update()
+                    self._after_step(bar, signals, seconds)
+            finally:
+                if bar is not None:
+                    bar.close()
+            if signals:  # it came after the last step had looked for one
+                self._stop(signals[0], self.step)
 
     def _after_step(self, bar, signals: list[int], seconds: float) -> None:
-        """Log and save where it is time for it; where a signal came, save, say how to go on, and exit."""
-        last, stop = self.step == self.max_steps, 0
-        if self.step % self.cfg.log_every == 0 or last or (signals and self.world == 1):
-            stop = self._log(bar, signals[0] if signals else 0)
+        """Log and save where it is time for it; where a signal came to any process, save, and leave."""
+        stop = torch.tensor(signals[0] if signals else 0)
+        if self.world > 1:  # between CPUs, so that no process waits for its device
+            dist.all_reduce(stop, op=dist.ReduceOp.MAX)
+        last = self.step == self.max_steps
+        if self.step % self.cfg.log_every == 0 or last or stop:
+            self._log(bar)
             last = last or self.seconds >= seconds
-        if self.step % self.cfg.save_every == 0 or last or stop:
+        # Before samples, too: they may need more memory than there is.
+        if last or stop or 0 in (self.step % self.cfg.save_every, self.step % self.cfg.sample_every):
             self.save()
-        if stop and not last:
+        if stop:
             bar.close()
-            if self.main:
-                how = "saved; add --resume to the command to go on"
-                print(f"stopped by {signal.Signals(stop).name} at step {self.step}, {how}", flush=True)
-            sys.exit(128 + stop)
+            self._stop(stop.item(), self.step)
+
+    def _stop(self, number: int, step: int) -> None:
+        how = "saved; add --resume to the command to go on"
+        say(f"stopped by {signal.Signals(number).name} at step {step}, {how}")
+        sys.exit(128 + number)
+
+    def due(self, every: int) -> bool:
+        """Whether, at the start of a step, what the one before has made is to be looked at: every so often.
+
+        It is saved by now; a run that was killed in between, and is resumed, looks again. Only in the main
+        process.
+        """
+        return self.main and self.step > 1 and (self.step - 1) % every == 0
 
     def update(self, loss: Tensor) -> None:
         """One step on a scalar loss: backward, clip the gradient to norm 1, AdamW with warm-up, EMA."""
@@ -395,6 +408,8 @@ class Run:
     def save(self) -> None:
         """Write last.pt: configuration, facts, step, weights, EMA and optimizer, in plain types."""
         self._check_finite()  # so that the last good checkpoint stays the last one
+        if not all_finite(self._tensors()):
+            raise UserError(self._not_finite("a weight, or its average,", self.step))
         state = dict(kind=self.cfg.kind, config=asdict(self.cfg), facts=self.facts, extra=self.extra)
         state |= dict(step=self.step, seconds=self.seconds, opt=self.opt.state_dict())
         state |= dict(model=self.net.state_dict(), ema=self.ema.module.state_dict())
@@ -407,18 +422,20 @@ class Run:
 
     @contextmanager
     def pause(self):
-        """Leave what happens inside (sampling, scoring) out of the rate and of the training seconds."""
-        start = time.perf_counter()
+        """Leave what happens inside (sampling, scoring) out of the seconds and the draws of a step."""
+        start, self.paused = time.perf_counter(), True
         yield
+        self.paused = False
         self.logged = (self.logged[0], self.logged[1] + time.perf_counter() - start)
+        seed_step(self.cfg.seed, self.step, self.rank)
 
     def curve(self) -> Path:
         """Draw log.csv as curve.png."""
-        with open(self.out / "log.csv", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        rows = read_rows(self.out / "log.csv", LOG).values()
         with figure(self.out / "curve.png", (6, 4)) as (_, ax):
-            ax.plot([int(row["step"]) for row in rows], [float(row["loss"]) for row in rows])
-            ax.set(xlabel="step", ylabel="training loss", yscale="log", title=str(self.out))
+            ax.plot([row[0] for row in rows], [row[1] for row in rows])
+            ax.set(xlabel="step", ylabel="training loss", yscale="log")
+            ax.set_title(printable(ascii(str(self.out))[1:-1]), parse_math=False)
         return self.out / "curve.png"
 
     def _batch(self, n: int) -> Tensor:
@@ -428,6 +445,27 @@ class Run:
 
     def _average(self, ema: list, params: list, _) -> None:
         torch._foreach_lerp_(ema, params, 1 - ema_ramp(self.step, self.cfg.ema_decay))
+
+    def _lock(self) -> filelock.FileLock:
+        """A lock on the folder, which the system frees when the process ends, however it ends."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        path = self.out / ".lock"
+        holder = path.read_text(errors="replace") if path.is_file() else ""
+        lock = filelock.FileLock(path, is_singleton=True)  # one program may train twice in a folder, in turn
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            what = f"{self.out} is in use by another run ({holder or 'a process that did not say who it is'})"
+            raise UserError(f"{what}: wait until it ends, or choose another --out") from error
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        for left in self.out.rglob(".*.tmp"):  # of a killed run, since nobody else is here
+            left.unlink(missing_ok=True)
+        return lock
+
+    def _tensors(self) -> list[Tensor]:
+        """The weights, their averages and what the optimizer keeps of each."""
+        kept = [x for state in self.opt.state.values() for x in state.values()]
+        return [*self.net.parameters(), *self.net.buffers(), *self.ema.module.parameters(), *kept]
 
     def _load(self, path: Path, free) -> None:
         old = load_checkpoint(path, self.cfg.kind)
@@ -439,29 +477,36 @@ class Run:
                 raise UserError(f"--resume on other data: {message}")
         load_weights(self.net, old["model"], path)
         load_weights(self.ema.module, old["ema"], path)
-        self.opt.load_state_dict(old["opt"])
+        with reading(path):
+            self.opt.load_state_dict(self.opt.state_dict() | dict(state=old["opt"]["state"]))
+            for p in self.net.parameters():
+                step, *averages = (self.opt.state[p][name] for name in ("step", "exp_avg", "exp_avg_sq"))
+                if step.shape or any(average.shape != p.shape for average in averages):
+                    raise ValueError("the optimizer's state is not that of these weights")
+            if not all_finite(self._tensors()) or old["step"] < 1 or not 0 <= old["seconds"] < math.inf:
+                raise ValueError("the optimizer's state, the step or the seconds are not finite")
         self.ema.n_averaged += old["step"]  # not zero: the next update averages, it does not copy
         self.step, self.seconds = old["step"], old["seconds"]
-        if self.main:
-            print(f"resumed {path} at step {self.step}")
+        say(f"resumed {path} at step {self.step}")
 
     def _begin(self) -> tqdm:
         """Make the folder, cut log.csv to where the checkpoint stands, start the clock; the progress bar."""
         if self.main:
-            self.out.mkdir(parents=True, exist_ok=True)
             write_lines(self.out / "config.json", [json.dumps(asdict(self.cfg), indent=2)])
-            self.keep_rows(self.out / "log.csv", "step,loss,lr,seconds,samples_per_second")
+            self.keep_rows(self.out / "log.csv", LOG)
         self.logged = (self.step, time.perf_counter())
         hidden = not (self.main and sys.stderr.isatty())
         return tqdm(total=self.max_steps, initial=self.step, unit="step", disable=hidden, dynamic_ncols=True)
 
-    def keep_rows(self, path: Path, header: str) -> None:
-        """Keep the rows of a csv file, the step in front, that the checkpoint has seen.
+    def keep_rows(self, path: Path, header: str, new: str = "") -> None:
+        """Write a csv file anew: its rows, the step in front, that the checkpoint has seen, and a new one.
 
         A killed run may have written some that it will now write again.
         """
-        rows = path.read_text(encoding="utf-8").splitlines()[1:] if self.resumed and path.exists() else []
-        write_lines(path, [header, *(row for row in rows if int(row.split(",")[0]) <= self.step)])
+        rows = read_rows(path, header) if self.resumed or new else {}
+        before = int(new.split(",")[0]) if new else self.step + 1
+        kept = [line for line, row in rows.items() if row[0] < before]
+        write_lines(path, list(filter(None, [header, *kept, new])))
 
     def _check_finite(self) -> None:
         losses = torch.stack(self.losses).float() if self.losses else torch.zeros(1, device=self.device)
@@ -470,38 +515,35 @@ class Run:
         bad = (~losses.isfinite()).nonzero()
         if len(bad):
             step = self.step - len(losses) + 1 + bad[0].item()
-            keeps = f"{self.out / 'last.pt'} keeps the last good state, if any"
-            raise UserError(
-                f"the loss or the gradient of step {step} is not finite; {keeps}: lower --lr, then --resume"
-            )
+            raise UserError(self._not_finite("the loss or the gradient", step))
 
-    def _log(self, bar, stop: int) -> int:
-        """Read the losses since the last log, write them down; return the signal that some process got, or 0.
+    def _not_finite(self, what: str, step: int) -> str:
+        keeps = f"{self.out / 'last.pt'} keeps the last good state, if any"
+        return f"{what} of step {step} is not finite; {keeps}: lower --lr, then --resume"
 
-        All processes agree on it, and on the seconds.
-        """
+    def _log(self, bar) -> None:
+        """Read the losses since the last log, write them down. All processes agree on the seconds."""
         self._check_finite()
         loss = torch.stack(self.losses).float().mean() if self.losses else torch.zeros((), device=self.device)
         step, start = self.logged
         now = time.perf_counter()
         # The seconds are the main process's, which pauses for what it does alone.
-        seconds = self.seconds + now - start if self.main else 0.0
-        shared = torch.tensor([float(stop), seconds], dtype=torch.float64)
+        seconds = torch.tensor(self.seconds + now - start if self.main else 0.0, dtype=torch.float64)
         if self.world > 1:
-            shared = shared.to(self.device)
             dist.all_reduce(loss)
-            dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-        loss, stop, self.seconds = loss.item() / self.world, int(shared[0]), shared[1].item()
+            dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+        self.seconds, loss = seconds.item(), loss.item() / self.world
         self.losses, self.logged = [], (self.step, now)
         rate = (self.step - step) / (now - start)
         if self.main:
-            lr = self.opt.param_groups[0]["lr"]
-            with open(self.out / "log.csv", "a", newline="", encoding="utf-8") as file:
-                row = [f"{loss:.6f}", f"{lr:.3g}", f"{self.seconds:.2f}", f"{rate * self.batch_size:.1f}"]
-                csv.writer(file).writerow([self.step, *row])
+            lr, path = self.opt.param_groups[0]["lr"], self.out / "log.csv"
+            row = f"{self.step},{loss:.6f},{lr:.3g},{self.seconds:.2f},{rate * self.batch_size:.1f}"
+            if not path.exists():  # the folder is gone: go on, the next checkpoint is worth more than it
+                write_lines(path, [LOG])
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(row + "\n")
             bar.set_postfix_str(f"loss {loss:.4f}")
             if bar.disable:
                 left = (self.max_steps - self.step) / rate
                 progress = f"step {self.step}/{self.max_steps}  loss {loss:.4f}"
                 print(f"{progress}  {rate:.1f} steps/s  {left:.0f} s left", flush=True)
-        return stop

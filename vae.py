@@ -14,18 +14,35 @@ from transformers import AutoConfig, AutoModel, BertConfig, BertModel, GPT2Confi
 # -- encoders and decoders -------------------------------------------------------------------------------
 
 
+# Other types can name a network of their own to fetch, also where only their shape is asked for.
+ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert", "electra")
+FETCHED = ("attn_implementation", "_attn_implementation", "quantization_config", "auto_map")
+
+
 def pretrained_backbones(encoder: str, decoder: str) -> tuple[nn.Module, GPT2LMHeadModel]:
-    """An encoder and a GPT-2 by hub name or local folder. Raises OSError where they cannot be had."""
+    """An encoder and a GPT-2 by hub name or local folder.
+
+    Raises OSError where they cannot be had, ValueError for an encoder of another type than ENCODERS.
+    """
     config = AutoConfig.from_pretrained(encoder)
+    check_encoder(config.model_type)
     bert = AutoModel.from_pretrained(encoder, dtype=torch.float32, **without_pooler(config))
     return bert, GPT2LMHeadModel.from_pretrained(decoder, dtype=torch.float32)
 
 
 def untrained_backbones(encoder: str, decoder: str) -> tuple[nn.Module, GPT2LMHeadModel]:
-    """The same from their configurations in JSON, with random weights."""
-    config = AutoConfig.for_model(**json.loads(encoder))
-    gpt = GPT2LMHeadModel(GPT2Config(**json.loads(decoder)))
+    """The same from their configurations in JSON, with random weights; nothing that they name is fetched."""
+    shapes = [json.loads(text) for text in (encoder, decoder)]
+    shapes = [{name: shape[name] for name in shape.keys() - set(FETCHED)} for shape in shapes]
+    check_encoder(shapes[0].get("model_type"))
+    config = AutoConfig.for_model(**shapes[0])
+    gpt = GPT2LMHeadModel(GPT2Config(**shapes[1]))
     return AutoModel.from_config(config, **without_pooler(config)), gpt
+
+
+def check_encoder(model_type: str) -> None:
+    if model_type not in ENCODERS:
+        raise ValueError(f"the encoder is of type {model_type!r}, not one of {', '.join(ENCODERS)}")
 
 
 def without_pooler(config) -> dict:

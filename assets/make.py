@@ -18,10 +18,10 @@ import imagen  # noqa: E402
 import reason  # noqa: E402
 import textgen  # noqa: E402
 from diffusion import trajectory  # noqa: E402
-from training import load_checkpoint, load_weights, run_script  # noqa: E402
+from files import load_checkpoint  # noqa: E402
+from training import run_script  # noqa: E402
 
 FRAMES = 32  # of the moving picture, all of it on one clock
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -41,20 +41,17 @@ def evenly(frames: list) -> list:
 
 def images(path: Path) -> list[torch.Tensor]:
     """xt (10, C, H, W) uint8 in every frame, one image of each class."""
-    checkpoint = load_checkpoint(path, "imagen")
-    cfg, facts = imagen.Config(**checkpoint["config"]), checkpoint["facts"]
-    process, model = imagen.build(cfg, facts, CPU)
-    load_weights(model, checkpoint["ema"], path)
+    process, model, facts = imagen.load(path, "cpu")
     y, how = torch.arange(10), dict(sampler="ddim", steps=FRAMES, clip=1.0)
     generator = torch.Generator().manual_seed(1)
-    steps = trajectory(process, model.eval(), (10, *facts["shape"]), y, generator=generator, **how)
+    steps = trajectory(process, model, (10, *facts["shape"]), y, generator=generator, **how)
     return evenly([imagen.to_uint8(xt) for _, xt, _ in steps])
 
 
 def review(path: Path, rating: int = 5) -> list[str]:
     """The text that the decoder writes from xt in every frame."""
-    cfg = textgen.Config(**load_checkpoint(path, "textgen")["config"])
-    writer, y = textgen.load_writer(cfg, path, CPU), torch.tensor([rating - 1])
+    writer, y = textgen.load(path, "cpu"), torch.tensor([rating - 1])
+    cfg = writer.cfg
     how = dict(sampler=cfg.sampler, steps=cfg.steps, guidance=cfg.guidance)
     generator = torch.Generator().manual_seed(0)
     steps = trajectory(writer.process, writer.model, (1, cfg.k, cfg.d), y, generator=generator, **how)
@@ -63,8 +60,8 @@ def review(path: Path, rating: int = 5) -> list[str]:
 
 def chain(path: Path, question: str = "3 3 7 * 2 4") -> list[str]:
     """The chain of thoughts in every frame, a "_" for every token that is still masked."""
+    _, model, facts = reason.load(path, "cpu")
     cfg = reason.Config(**load_checkpoint(path, "reason")["config"])
-    model, facts, _ = reason.load_model(cfg, path, CPU)
     lines = reason.focus(cfg, facts, model, question)[1:-1]
     return evenly([line.split("  ", 1)[1] for line in lines])
 

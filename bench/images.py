@@ -35,7 +35,8 @@ import metrics
 from bench.timing import interleaved, spread, synchronize
 from data import load_images
 from diffusion import sample
-from training import UserError, autocast, batch_indices, ema_ramp, figure, need, pick_device, run_script
+from files import UserError, figure
+from training import autocast, batch_indices, ema_ramp, need, pick_device, run_script
 
 
 @dataclass(frozen=True)

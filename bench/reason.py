@@ -24,21 +24,9 @@ import metrics
 import reason
 from bench.gpt import QuestionGPT
 from diffusion import Masked
+from files import UserError, figure, load_checkpoint, load_weights, show
 from tasks import END, TASKS, Problems, Tokens, load_problems
-from training import (
-    Run,
-    UserError,
-    autocast,
-    figure,
-    finished,
-    load_checkpoint,
-    load_weights,
-    need,
-    pick_device,
-    run_script,
-    same_settings,
-    show,
-)
+from training import Run, autocast, finished, need, pick_device, run_script, same_settings
 from vae import small_gpt
 
 FOREVER = 10**6  # optimizer steps of a run that its seconds end
@@ -143,16 +131,20 @@ def train_gpt(cfg: reason.Config, facts: dict, problems: Problems, device, secon
     questions, truth = problems.question_test[:200], problems.thoughts_test[:200]
     q_test = reason.encode(facts, questions, truth)[:, : q.shape[1]].to(device)
     run = Run(cfg, writer.model, device, facts, cfg.out, FOREVER, cfg.batch_size)
-    run.keep_rows(run.out / "eval.csv", reason.EVAL)
-    for step, batch in run.steps(len(q), seconds):
+
+    def look(step: int) -> None:
+        took = run.took()
+        with run.pause():
+            chains = dataclasses.replace(writer, model=run.ema.module).chains(q_test)
+            reason.note(run, step, took, metrics.score_chains(chains, questions, truth, problems.check))
+
+    for _, batch in run.steps(len(q), seconds):
+        if run.due(cfg.sample_every):
+            look(run.step - 1)
         with autocast(device, cfg.precision):
             loss = run.model(q[batch], target[batch])
         run.update(loss)
-        if step % cfg.sample_every == 0:
-            took = run.took()
-            with run.pause():
-                chains = dataclasses.replace(writer, model=run.ema.module).chains(q_test)
-                reason.note(run, took, metrics.score_chains(chains, questions, truth, problems.check))
+    look(run.step)
     return dataclasses.replace(writer, model=run.ema.module.eval())
 
 

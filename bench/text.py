@@ -36,19 +36,9 @@ from bench.gpt import LabelGPT, mean_nats
 from bench.timing import interleaved, spread
 from data import Pieces
 from diffusion import drop_condition
+from files import UserError, load_checkpoint, load_weights, reason
 from tasks import grammar_texts
-from training import (
-    Run,
-    UserError,
-    autocast,
-    load_checkpoint,
-    load_weights,
-    millions,
-    need,
-    pick_device,
-    reason,
-    run_script,
-)
+from training import Run, autocast, millions, need, pick_device, run_script
 from vae import TextVAE, kl, pretrained_backbones, small_backbones, small_gpt, substitute
 
 

@@ -14,7 +14,7 @@ import data
 import textgen
 from bench import text
 from bench.gpt import LabelGPT, QuestionGPT, mean_nats
-from training import UserError, load_checkpoint
+from files import UserError, load_checkpoint
 from vae import TextVAE, small_backbones, small_gpt
 
 CPU = torch.device("cpu")

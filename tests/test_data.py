@@ -1,137 +1,21 @@
-"""data.py: torchvision's files, digits, folders of images, texts, tokens; and what each says of bad input."""
+"""data.py: files of texts, labels and tokens; and what is said of bad input."""
 
 import json
+import os
+import random
+import time
 
 import datasets
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from data import Split, cut_texts, load_images, load_texts, sentences, train_codec, windows
+from data import Split, cut_texts, load_texts, sentences, train_codec, windows
+from files import UserError
 from tasks import grammar_texts
-from training import UserError
-
-
-def picture(path, size=(8, 8), mode="L", colour=100):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, colour).save(path)
 
 
 def at_most_40(text):
     return len(text) <= 40
-
-
-# -- images ----------------------------------------------------------------------------------------------
-
-
-def test_fashionmnist_is_read_from_an_existing_folder(fake_fashionmnist):
-    images = load_images("fashionmnist", str(fake_fashionmnist))
-    assert images.x.shape == (120, 1, 28, 28)
-    assert images.x_test.shape == (60, 1, 28, 28)
-    assert images.x.dtype == torch.uint8
-    assert images.y.dtype == torch.int64
-    assert images.names[0] == "T-shirt/top"
-    assert len(images.names) == 10
-    assert (images.x[3, 0, 6:10] == 200).all()
-    assert images.y[3] == 3
-
-
-def test_image_size_scales_every_image(fake_fashionmnist):
-    assert load_images("fashionmnist", str(fake_fashionmnist), image_size=16).x.shape == (120, 1, 16, 16)
-
-
-def test_cifar10_is_colour_channels_first(monkeypatch):
-    class Stub:  # what torchvision's CIFAR10 holds once its files are read
-        classes = ["airplane", "automobile"]
-
-        def __init__(self, root, train, download):
-            self.targets = [0, 1, 1] if train else [1]
-            self.data = np.zeros((len(self.targets), 32, 32, 3), dtype=np.uint8)
-            self.data[:, 4, 5] = (10, 20, 30)
-
-    monkeypatch.setattr("torchvision.datasets.CIFAR10", Stub)
-    images = load_images("cifar10", "")
-    assert images.x.shape == (3, 3, 32, 32)
-    assert images.x_test.shape == (1, 3, 32, 32)
-    assert images.y.tolist() == [0, 1, 1]
-    assert images.x[0, :, 4, 5].tolist() == [10, 20, 30]
-    assert images.names == ["airplane", "automobile"]
-
-
-def test_digits_need_no_file_and_keep_the_splits_apart():
-    images = load_images("digits", "/nowhere")
-    assert images.x.shape == (1437, 1, 8, 8)
-    assert images.x_test.shape == (360, 1, 8, 8)
-    assert (images.x.min(), images.x.max()) == (0, 255)
-    assert set(images.y.tolist()) == set(range(10))
-    seen = {x.numpy().tobytes() for x in images.x}
-    assert sum(x.numpy().tobytes() in seen for x in images.x_test) == 0
-
-
-def test_a_download_that_fails_names_the_way_out(tmp_path, monkeypatch):
-    def refuse(*_, **__):
-        raise RuntimeError("Error downloading train-images-idx3-ubyte.gz")
-
-    monkeypatch.setattr("torchvision.datasets.FashionMNIST.download", refuse)
-    with pytest.raises(UserError, match="could not be downloaded .*--dataset digits.*--data_dir"):
-        load_images("fashionmnist", str(tmp_path))
-
-
-def test_an_unknown_name_is_answered_with_the_known_ones():
-    with pytest.raises(UserError, match="'mnits'; choose fashionmnist, mnist, cifar10, digits, or"):
-        load_images("mnits", "data")
-
-
-def test_subfolders_are_classes(tmp_path):
-    for i in range(10):
-        picture(tmp_path / "dark" / f"{i}.png", colour=i)
-        picture(tmp_path / "light" / "deep" / f"{i}.jpg", colour=200 + i)
-    images = load_images(str(tmp_path), "")
-    assert images.names == ["dark", "light"]
-    assert images.x.shape == (16, 1, 8, 8)
-    assert images.x_test.shape == (4, 1, 8, 8)
-    for x, y in [(images.x, images.y), (images.x_test, images.y_test)]:
-        assert torch.equal((x.flatten(1).float().mean(1) > 128).long(), y)
-
-
-def test_a_grey_image_beside_one_in_colour_is_read_in_colour(tmp_path):
-    picture(tmp_path / "a.png", mode="RGB", colour=(255, 0, 0))
-    picture(tmp_path / "b.png", colour=7)
-    images = load_images(str(tmp_path), "")
-    assert images.x.shape == (2, 3, 8, 8)
-    assert images.x[0, :, 0, 0].tolist() == [255, 0, 0]
-    assert images.x[1, :, 0, 0].tolist() == [7, 7, 7]
-    assert images.names == []
-    assert (images.y == -1).all()
-    assert len(images.x_test) == 0
-
-
-def test_a_folder_without_an_image_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no image in"):
-        load_images(str(tmp_path), "")
-
-
-def test_a_broken_image_is_named(tmp_path):
-    picture(tmp_path / "a.png")
-    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
-    with pytest.raises(UserError, match="b.png cannot be read as an image"):
-        load_images(str(tmp_path), "")
-
-
-def test_images_of_mixed_sizes_are_named_and_image_size_mends_them(tmp_path):
-    picture(tmp_path / "a.png")
-    picture(tmp_path / "b.png", size=(12, 10))
-    with pytest.raises(UserError, match="a.png is 8x8, .*b.png is 12x10; add --image_size"):
-        load_images(str(tmp_path), "")
-    assert load_images(str(tmp_path), "", image_size=8).x.shape == (2, 1, 8, 8)
-
-
-def test_an_image_beside_class_folders_is_named(tmp_path):
-    picture(tmp_path / "class" / "a.png")
-    picture(tmp_path / "b.png")
-    with pytest.raises(UserError, match="b.png lies beside the class folders class"):
-        load_images(str(tmp_path), "")
 
 
 # -- texts -----------------------------------------------------------------------------------------------
@@ -149,26 +33,42 @@ def test_the_grammars_texts_repeat_and_its_splits_hardly_overlap():
 ROWS = [dict(text=f"text {i}", label=i % 3, about=f"topic {i}") for i in range(30)]
 
 
+def write(path, content):
+    """A file of characters, or of bytes as they are; returns its name."""
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def read(texts):
+    """Texts and the names of their labels, of both splits, in some order that is always the same."""
+    pairs = zip(texts.train.x + texts.test.x, texts.train.y + texts.test.y, strict=True)
+    return sorted((x, texts.names[y] if y >= 0 else None) for x, y in pairs)
+
+
 @pytest.fixture
 def files(tmp_path):
-    """The folder of a.jsonl, a.csv, a.parquet and a.txt, all with the texts of ROWS."""
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
-    lines = [",".join(map(str, row.values())) for row in ROWS]
-    (tmp_path / "a.csv").write_text("\n".join(["text,label,about", *lines]))
-    (tmp_path / "a.txt").write_text("\n".join(row["text"] for row in ROWS))
+    """The folder of a.jsonl, a.json, a.csv, a.tsv, a.parquet and a.txt, all with the texts of ROWS."""
+    write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, ROWS)))
+    write(tmp_path / "a.json", json.dumps(ROWS, indent=1))
+    for suffix, mark in ((".csv", ","), (".tsv", "\t")):
+        lines = [
+            mark.join(map(str, row.values())) for row in [dict(zip(ROWS[0], ROWS[0], strict=True)), *ROWS]
+        ]
+        write(tmp_path / f"a{suffix}", "\n".join(lines))
+    write(tmp_path / "a.txt", "\n".join(row["text"] for row in ROWS))
     datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "a.parquet")
     return tmp_path
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "tsv", "parquet"])
 def test_texts_labels_and_conditions_of_a_file_stay_together(kind, files):
     texts = load_texts(str(files / f"a.{kind}"), condition_column="about")
     assert (len(texts.train.x), len(texts.test.x)) == (27, 3)
     assert texts.names == ["0", "1", "2"]
-    read = []
+    triples = []
     for part in (texts.train, texts.test):
-        read += zip(part.x, part.y, part.c, strict=True)
-    assert sorted(read) == sorted((row["text"], row["label"], row["about"]) for row in ROWS)
+        triples += zip(part.x, part.y, part.c, strict=True)
+    assert sorted(triples) == sorted((row["text"], row["label"], row["about"]) for row in ROWS)
 
 
 def test_lines_of_a_txt_are_texts_without_labels(files):
@@ -178,11 +78,111 @@ def test_lines_of_a_txt_are_texts_without_labels(files):
     assert set(texts.train.y) == {-1}
 
 
-def test_the_checksum_changes_with_the_training_texts_and_with_their_conditions(files):
+def test_the_checksum_changes_with_the_training_texts_and_with_their_conditions_not_with_the_path(files):
     path = str(files / "a.csv")
     same, other = load_texts(path), load_texts(path, condition_column="about")
-    assert load_texts(path).checksum() == same.checksum()
+    assert load_texts(path).checksum() == same.checksum() == load_texts(str(files / "a.json")).checksum()
     assert same.checksum() != other.checksum()
+
+
+def test_a_file_that_changes_within_a_tick_of_the_clock_is_read_anew(tmp_path):
+    path, stamp = tmp_path / "a.csv", (10**9, 10**9)
+    for word in ("old", "new"):
+        write(path, "text\n" + "\n".join([f"{word} {i}" for i in range(9)]))
+        os.utime(path, stamp)
+        assert load_texts(str(path)).train.x[0].startswith(word)
+
+
+GOOD = [("a, b", "x"), ("c; d", "y"), ("e\tf", "x"), ("N/A", "None"), ("None", "NA"), ("null", "null")]
+SPELLINGS = {
+    "quoted.csv": 'text,label\n"a, b",x\nc; d,y\ne\tf,x\nN/A,None\nNone,NA\nnull,null\n',
+    "semicolon.csv": 'text;label\na, b;x\n"c; d";y\ne\tf;x\nN/A;None\nNone;NA\nnull;null\n',
+    "named.csv": 'text;label;"a,b,c,d"\na, b;x;\n"c; d";y;\ne\tf;x;\nN/A;None;\nNone;NA;\nnull;null;\n',
+    "tab.tsv": 'text\tlabel\na, b\tx\nc; d\ty\n"e\tf"\tx\nN/A\tNone\nNone\tNA\nnull\tnull\n',
+    "tab.csv": '"text"\t"label"\na, b\tx\nc; d\ty\n"e\tf"\tx\nN/A\tNone\nNone\tNA\nnull\tnull\n',
+    "BOM.CSV": '\ufefftext,label\n"a, b",x\nc; d,y\ne\tf,x\nN/A,None\nNone,NA\nnull,null\n',
+    "spaced.csv": 'text, label\n"a, b", x\nc; d, "y"\ne\tf,x \n N/A,None\nNone,NA\nnull,null\n',
+    "crlf.csv": 'text,label\n"a, b",x\n\nc; d,y\ne\tf,x\n,\nN/A,None\nNone,NA\nnull,null\n\n'.replace(
+        "\n", "\r\n"
+    ),
+    "mac.csv": 'text,label\r"a, b",x\rc; d,y\re\tf,x\rN/A,None\rNone,NA\rnull,null',
+    "index.csv": ',text,label,\n0,"a, b",x,\n1,c; d,y,\n2,e\tf,x,\n3,N/A,None,\n,None,NA,\n,null,null,',
+}
+OBJECTS = [dict(text=text, label=label) for text, label in GOOD]
+SPELLINGS |= {
+    "blank.JSONL": "\ufeff" + "\r\n\r\n".join(map(json.dumps, OBJECTS)) + "\n\n",
+    "lines.json": "\n".join(map(json.dumps, OBJECTS)),
+    "array.json": json.dumps(OBJECTS),
+    "wrapped.json": json.dumps(dict(version=1, data=OBJECTS), indent=1),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_every_spelling_of_a_table_is_read_exactly(name, tmp_path):
+    assert read(load_texts(write(tmp_path / name, SPELLINGS[name]))) == sorted(GOOD)
+
+
+def test_a_quoted_text_keeps_its_lines_and_one_of_a_megabyte_its_end(tmp_path):
+    long = "word " * 200_000
+    path = write(tmp_path / "a.csv", f'text,label\n"a\n\nb",1\n"{long}end",2\nc,1\n')
+    assert read(load_texts(path)) == [("a\n\nb", "1"), ("c", "1"), (f"{long}end", "2")]
+
+
+def test_only_line_ends_cut_a_txt(tmp_path):
+    content = "\ufeffa\u2028b\x0cc\x85d\r\n\r\n  \ne\rf\n\n"
+    assert read(load_texts(write(tmp_path / "a.TXT", content))) == [
+        ("a\u2028b\x0cc\x85d", None),
+        ("e", None),
+        ("f", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    "values, names",
+    [
+        ([" 5", "5", "5 ", "5.0", "5.", 5, 5.0], ["5"]),
+        ([4.5, "4.5", "-1.0", -1, 10, 9], ["9", "-1", "10", "4.5"]),
+        (["None", "NA", "N/A", "null"], ["NA", "N/A", "None", "null"]),
+        (["good", "Good", True, "False"], ["Good", "True", "good", "False"]),
+        (["007", "7", "1e3", "five"], ["7", "007", "1e3", "five"]),
+    ],
+)
+def test_labels_that_mean_the_same_are_one_class_and_no_others(values, names, tmp_path):
+    objects = [dict(text=f"text {i}", label=value) for i, value in enumerate(values * 3)]
+    texts = load_texts(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, objects))))
+    assert texts.names == names
+    assert f"labels from column label (classes {', '.join(names)})" in texts.note
+
+
+def test_a_label_column_is_guessed_declined_or_missed_and_always_said(tmp_path):
+    rows = "".join(f"{i},a text,{i % 2}\n" for i in range(9))
+    named, unnamed = (
+        write(tmp_path / name, f"Id,Text,{label}\n{rows}")
+        for name, label in (("a.csv", "LABEL"), ("b.csv", "Score"))
+    )
+    assert load_texts(named).note == "a.csv: texts from column Text, labels from column LABEL (classes 0, 1)"
+    for none in ("none", "None"):
+        declined = load_texts(named, label_column=none)
+        assert declined.names == []
+        assert declined.note == "a.csv: texts from column Text, no labels"
+    missed = load_texts(unnamed)
+    assert missed.names == []
+    assert "no label column found among Id, Text, Score: trained without labels; name one with" in missed.note
+    assert load_texts(unnamed, label_column="Score").names == ["0", "1"]
+    called_so = write(tmp_path / "c.csv", f"Id,Text,none\n{rows}")
+    assert load_texts(called_so, label_column="none").names == ["0", "1"]
+
+
+def test_a_folder_has_its_own_splits_and_what_is_left_out_is_said(tmp_path):
+    for name in ("Train.CSV", "valid.csv", "test.csv"):
+        write(tmp_path / name, f"text,label\n{name},1\nb,2\n")
+    write(tmp_path / "README.md", "about these")
+    write(tmp_path / ".hidden", "no part of it")
+    texts = load_texts(str(tmp_path))
+    assert (texts.train.x, texts.test.x) == (["Train.CSV", "b"], ["test.csv", "b"])
+    assert texts.note.endswith("; left out: README.md, valid.csv")
+    (tmp_path / "test.csv").unlink()
+    assert load_texts(str(tmp_path)).test.x == ["valid.csv", "b"]
 
 
 def hub(monkeypatch, train, test):
@@ -215,49 +215,123 @@ def test_a_class_that_only_the_test_split_has_is_refused(monkeypatch):
 
 
 def test_numbers_as_labels_are_in_their_order(tmp_path):
-    path = tmp_path / "a.csv"
-    path.write_text("\n".join(["text,label", *(f"text {i},{i % 12}" for i in range(60))]))
-    assert load_texts(str(path)).names == [str(i) for i in range(12)]
+    path = write(tmp_path / "a.csv", "\n".join(["text,label", *(f"text {i},{i % 12}" for i in range(60))]))
+    assert load_texts(path).names == [str(i) for i in range(12)]
 
 
 def test_more_than_a_hundred_labels_are_no_classes(tmp_path):
-    path = tmp_path / "a.csv"
-    path.write_text("\n".join(["text,label", *(f"text {i},{i}" for i in range(101))]))
-    with pytest.raises(UserError, match="101 values, too many for classes; .*--label_column"):
-        load_texts(str(path))
+    path = write(tmp_path / "a.csv", "\n".join(["text,label", *(f"text {i},{i / 7}" for i in range(1, 110))]))
+    with pytest.raises(UserError, match="109 values, too many for classes; .*--label_column, or none"):
+        load_texts(path)
 
 
+TABLE = "Review,Rating\ngood,1\n"
 MISTAKES = [
-    (b"", {}, "is empty"),
-    (b"Review,Rating\ngood,1\n,2\n", {}, "row 2: Review is None"),
-    (b"Review,Rating\ngood,1\nbad,\n", {}, "row 2: Rating is missing"),
-    (b"Review,Rating\ngood \xff\xfe,1\n", {}, "UTF-8"),
-    (b"a,b\ngood,1\n", {}, "no column of text; it has a, b: name one with --text_column"),
-    (b"a,b\ngood,1\n", dict(text_column="c"), "no column c; it has a, b: name one with --text_column"),
-    (b"text\ngood\n", dict(condition_column="c"), "no column c; it has text: name one with --condition"),
+    (".csv", b"", {}, "is empty"),
+    (".csv", "Review,Rating\n\n", {}, "is empty"),
+    (".jsonl", "\n\n", {}, "is empty"),
+    (".txt", " \r\n\u3000\n", {}, "is empty"),
+    (".csv", TABLE + "\n ,2\n", {}, r"row 2 \(line 4\): Review is '', but a text is wanted"),
+    (".csv", TABLE + "bad,\n", {}, r"row 2 \(line 3\): Rating is missing"),
+    (
+        ".csv",
+        TABLE + "very, very bad,1\n",
+        {},
+        r"row 2 \(line 3\) has 3 fields, the header 2: put texts with ','",
+    ),
+    (".csv", TABLE + "bad\n", {}, r"row 2 \(line 3\) has 1 fields, the header 2"),
+    (".csv", TABLE + '"bad,1\nworse,2\nworst,3\n', {}, "the row from line 3 on"),
+    (".csv", TABLE + '"so" bad,1\n', {}, "the row from line 3 on"),
+    (".csv", "text,label,label\ngood,1,2\n", {}, "two columns of text, label, label have one name"),
+    (".csv", TABLE.encode() + b"caf\xe9,1\n", {}, "byte 0xe9 in line 3: save it as UTF-8"),
+    (".csv", TABLE.encode("utf-16"), {}, "byte 0xff in line 1: save it as UTF-8"),
+    (".csv", TABLE.encode("utf-16-le"), {}, "NUL character in line 1: .*UTF-16"),
+    (".txt", "a\nb\nc\0d\n", {}, "NUL character in line 3"),
+    (".csv", "a,b\ngood,1\n", {}, "no column of text; it has a, b: name one with --text_column"),
+    (".csv", "a review,2\nanother,1\n", {}, "it has a review, 2: .*first line must name the columns"),
+    (".csv", "a,b\ngood,1\n", dict(text_column="c"), "no column c; it has a, b: name one with --text_column"),
+    (
+        ".csv",
+        "text\ngood\n",
+        dict(condition_column="c"),
+        "no column c; it has text: name one with --condition",
+    ),
+    (
+        ".csv",
+        TABLE,
+        dict(label_column="c"),
+        "no column c; it has Review, Rating: name one with --label_column",
+    ),
+    (".txt", "a\nb\n", {}, "has 2 texts, .*: give at least two to train on and one to hold out"),
+    (".txt", "a. " * 4000, {}, "has 1 texts, each in a line of a txt"),
+    (".jsonl", '{"text": "a", "label": 1}\n{"text": "b"}', {}, "line 2: label is missing"),
+    (".jsonl", '{"text": "a"}\n{"text": "b", "label": 1}', {}, "line 1: label is missing"),
+    (".jsonl", '{"text": "a", "label": null}', {}, "line 1: label is missing"),
+    (".jsonl", '\n{"text": "a"}\n{"text": 5}', {}, "line 3: text is 5, but a text"),
+    (".jsonl", '{"text": "a"}\n{"text": ', {}, "line 2 is not JSON"),
+    (".jsonl", '{"text": "a"}\n["b"]', {}, r"line 2 is \['b'\], but an object"),
+    (".jsonl", r'{"text": "a\ud83d"}', {}, "line 1: text holds '.ud83d', no character"),
+    (".json", '{"text": "a"}', {}, "an array of objects is wanted"),
+    (".json", '{"a": [], "b": []}', {}, "an array of objects is wanted"),
+    (".json", "[1, 2]", {}, "entry 1 is 1, but an object"),
+    (".json", "[" * 100_000, {}, "cannot be read as json"),
+    (".parquet", "PAR1", {}, "cannot be read as parquet"),
+]
+MISTAKES += [
+    (".jsonl", f'{{"text": "a", "label": {label}}}', {}, f"line 1: label is {shown}, but a word or a number")
+    for label, shown in (
+        ("NaN", "nan"),
+        ("-Infinity", "-inf"),
+        ('{"a": 1}', "{'a': 1}"),
+        ("[[1]]", r"\[\[1\]\]"),
+    )
 ]
 
 
-@pytest.mark.parametrize("content, columns, wanted", MISTAKES)
-def test_a_file_with_a_mistake_is_named_with_it(content, columns, wanted, tmp_path):
-    path = tmp_path / "reviews.csv"
-    path.write_bytes(content)
+@pytest.mark.parametrize("suffix, content, columns, wanted", MISTAKES)
+def test_a_file_with_a_mistake_is_named_with_it(suffix, content, columns, wanted, tmp_path):
+    path = write(tmp_path / f"reviews{suffix}", content)
     with pytest.raises(UserError, match=wanted) as error:
-        load_texts(str(path), **columns)
-    assert "reviews.csv" in str(error.value)
+        load_texts(path, **columns)
+    assert f"reviews{suffix}" in str(error.value)
 
 
 @pytest.mark.parametrize(
     "dataset, wanted",
     [
-        ("grammer", "no data set 'grammer'; choose grammar, tripadvisor"),
+        ("grammer", "no data set 'grammer'; choose grammar, tripadvisor, .*owner/name"),
         ("nothing.csv", "no file nothing.csv; without a network use --dataset grammar"),
-        ("nobody/nothing", "nobody/nothing could not be had from the hub"),
+        ("nowhere/nothing.xlsx", "no file nowhere/nothing.xlsx"),
+        ("./nothing", "no data set './nothing'"),
+        ("a/b/c", "no data set 'a/b/c'"),
+        ("x" * 300, "no data set 'xxx"),
+        ("table.xlsx", "table.xlsx cannot be read: unpack it, or save it as csv"),
+        ("reviews.csv.gz", "reviews.csv.gz cannot be read: unpack it"),
+        ("owner/name", "owner/name cannot be read"),
+        ("folder", "folder has no split train, only other.csv; wanted is a csv"),
+        ("empty", "empty has no split train, only other files"),
     ],
 )
-def test_an_unknown_data_set_is_answered_with_what_there_is(dataset, wanted):
+def test_what_is_no_table_is_answered_at_once_with_what_there_is(dataset, wanted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: pytest.fail("the hub was asked"))
+    for folder in ("owner", "folder", "empty"):
+        (tmp_path / folder).mkdir()
+    for name in ("table.xlsx", "reviews.csv.gz", "owner/name", "folder/other.csv"):
+        write(tmp_path / name, "PK")
     with pytest.raises(UserError, match=wanted):
         load_texts(dataset)
+
+
+def test_only_what_looks_like_a_name_of_the_hub_is_asked_there():
+    with pytest.raises(UserError, match="nobody/nothing could not be had from the hub"):
+        load_texts("nobody/nothing")
+
+
+def test_no_local_file_is_read_by_datasets(files, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: pytest.fail("it counts its loads at a server"))
+    for path in files.iterdir():
+        assert len(load_texts(str(path)).train.x) == 27
 
 
 # -- tokens ----------------------------------------------------------------------------------------------
@@ -284,9 +358,76 @@ def test_overlapping_pieces_begin_at_every_sentence():
     assert TEXT.endswith(parts[-1])
 
 
-@pytest.mark.parametrize("text", ["short.", "x" * 100])
-def test_a_text_that_fits_and_a_sentence_too_long_stay_whole(text):
-    assert windows(text, at_most_40, overlap=True) == [text]
+def test_a_text_that_fits_stays_whole():
+    assert windows("short.", at_most_40, overlap=True) == ["short."]
+
+
+@pytest.mark.parametrize(
+    "text, cuts",
+    [  # the last characters of pieces of at most 40
+        ("早餐很好。" * 20, {"。"}),
+        ("「早餐很好！」" * 20, {"」"}),
+        ("早餐非常好吃，" * 20, {"，"}),
+        ("نام خوب است؟ " * 12, {"؟"}),
+        ("होटल अच्छा था। " * 12, {"।"}),
+        ("الفطور جيد، " * 12, {"،"}),
+        ("breakfast pool " * 12, {"t", "l"}),
+        ("ACGT" * 50, None),
+        ("e\u0301\u0323" * 100, {"\u0323"}),
+        ("👩\u200d👩\u200d👧\u200d👦" * 30, {"👦"}),
+        ("x" + "👍🏽" * 51, {"🏽"}),
+        ("https://example.org/" + "a1%20" * 60 + "z", None),
+        ("a" + " " * 100 + "b", None),
+        ("A sentence. " + "x" * 95 + ", with a comma. The end", None),
+    ],
+)
+@pytest.mark.parametrize("overlap", [False, True])
+def test_what_no_mark_of_ascii_cuts_is_cut_where_its_script_allows_and_nothing_is_lost(text, cuts, overlap):
+    parts = windows(text.strip(), at_most_40, overlap)
+    assert all(parts)
+    assert max(map(len, parts)) <= 40
+    assert cuts is None or {part[-1] for part in parts} <= cuts
+    bare = "".join(text.split())
+    if not overlap:
+        assert "".join("".join(parts).split()) == bare
+        assert len(parts) <= len(bare) / 20 + 3
+    covered = 0
+    for part in parts:  # each begins at the latest where all before it have ended
+        part = "".join(part.split())
+        covered = max(covered, bare.index(part, 0 if overlap else covered) + len(part))
+    assert covered == len(bare) or overlap and bare.endswith(part)
+
+
+def test_words_without_marks_are_no_starts_of_pieces():
+    text = ("breakfast pool " * 12).strip()
+    assert windows(text, at_most_40, overlap=True) == windows(text, at_most_40, overlap=False)
+
+
+def test_english_is_cut_as_ever():
+    text = "One, two. Three... four! 5.5 is it?\nSix\nseven; " + "eight nine ten, " * 3 + "end."
+    assert windows(text, at_most_40, overlap=True) == [
+        "One, two. Three... four! 5.5 is it?",
+        "Three... four! 5.5 is it?\nSix\nseven;",
+        "four! 5.5 is it?\nSix\nseven;",
+        "5.5 is it?\nSix\nseven; eight nine ten,",
+        "Six\nseven; eight nine ten,",
+        "eight nine ten, eight nine ten,",
+        "eight nine ten, eight nine ten, end.",
+    ]
+
+
+def test_a_very_long_line_is_cut_in_few_measurements():
+    measured = []
+
+    def fits(text):
+        measured.append(len(text))
+        return len(text) <= 200
+
+    for text in ("ACGT" * 10_000, "word " * 8_000, "早餐很好。" * 8_000):
+        measured.clear()
+        parts = windows(text.strip(), fits, overlap=False)
+        assert "".join("".join(parts).split()) == "".join(text.split())
+        assert sum(measured) < 50 * len(text)
 
 
 @pytest.fixture(scope="module")
@@ -333,3 +474,18 @@ def test_a_prefix_is_the_piece_before(codec):
     assert pieces.c == whole.x[:-1]
     with pytest.raises(UserError, match="--condition prefix needs texts of more than --max_tokens 80"):
         cut_texts(Split(["a short one."], [0], [""]), codec, prefix=True)
+
+
+def test_pieces_of_any_script_fit_the_codec_and_join_to_the_text(codec):
+    for text in ("早餐很好也很干净" * 40, "😀\u00e9" * 90, "ACGT" * 100):
+        pieces = cut_texts(Split([text], [0], [""]), codec)
+        assert "".join(pieces.x) == text
+        assert all(map(codec.fits, pieces.x))
+        assert codec.decode(pieces.target) == pieces.x
+
+
+def test_a_word_without_an_end_does_not_stop_the_codec():
+    text = "".join(random.Random(0).choices("早餐很好也干净客房服务员态度差吵闹安静舒适海滩游泳池", k=60_000))
+    start = time.process_time()
+    assert train_codec([text], 2000, 56).vocab == 2000
+    assert time.process_time() - start < 4  # 9 s where it is learned whole

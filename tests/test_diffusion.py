@@ -7,15 +7,18 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion import (
     SAMPLERS,
     SCHEDULES,
     Diffusion,
+    ImageAttention,
     ImageTransformer,
     LatentTransformer,
     StepEmbedding,
     UNet,
+    attention,
     cosine,
     drop_condition,
     karras,
@@ -460,3 +463,62 @@ def test_conditions_are_dropped_at_their_rate():
 def test_no_label_and_the_label_minus_one_are_the_same():
     embed = StepEmbedding(8, 10)
     assert torch.equal(embed(torch.ones(1), torch.tensor([-1])), embed(torch.ones(1), None))
+
+
+# -- a beginner's mistakes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "x0, y, said",
+    [
+        (torch.full((2, 1, 8, 8), 255, dtype=torch.uint8), None, r"images in \[-1, 1\] .* got torch.uint8"),
+        (torch.full((2, 1, 8, 8), 255.0), None, r"images in \[-1, 1\] .* the largest of them 255"),
+        (torch.zeros(2, 1, 8, 8), torch.tensor([1, 10]), "takes labels y from -1 .none. to 9, got 1 to 10"),
+        (torch.zeros(2, 1, 8, 8), torch.tensor([-2, 1]), "from -1 .none. to 9, got -2 to 1"),
+        (torch.zeros(2, 1, 8, 8), torch.tensor([1]), r"2 labels, one for each sample, got \(1,\)"),
+        (torch.zeros(2, 1, 8, 8), 3, "2 labels, one for each sample, got 3"),
+        (torch.zeros(2, 1, 8, 8), [3, 4], r"2 labels, one for each sample, got \[3, 4\]"),
+    ],
+)
+@pytest.mark.parametrize("network", [UNet, ImageTransformer])
+def test_bytes_and_wrong_labels_are_named(network, x0, y, said):
+    model = (
+        UNet(1, (8, 16), (1, 1), classes=10) if network is UNet else ImageTransformer(1, 16, 1, classes=10)
+    )
+    with pytest.raises(ValueError, match=said):
+        Diffusion(*cosine(10)).loss(model, x0, y)
+
+
+def test_labels_for_a_network_without_classes_are_named():
+    process, model = Diffusion(*cosine(10)), UNet(1, (8, 16), (1, 1))
+    with pytest.raises(ValueError, match="classes=0 takes labels y from -1 .none. to -1, got 0 to 1"):
+        sample(process, model, (2, 1, 8, 8), torch.tensor([0, 1]), steps=2)
+    assert sample(process, model, (2, 1, 8, 8), torch.tensor([-1, -1]), steps=2).shape == (2, 1, 8, 8)
+
+
+def test_a_network_in_half_precision_is_told_of_autocast():
+    model = UNet(1, (8, 16), (1, 1)).half()
+    with pytest.raises(TypeError, match="a network in torch.float16: keep it in float32, .* torch.autocast"):
+        Diffusion(*cosine(10)).loss(model, torch.zeros(2, 1, 8, 8))
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many numbers the largest tensor holds that an operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.numel())
+        return out
+
+
+def test_attention_over_a_large_image_does_without_the_matrix_of_all_pairs():
+    q, k, v = torch.randn(3, 1, 2, 8, 1024, generator=rng()).transpose(-1, -2)  # as a convolution leaves them
+    short = torch.cat([attention(part, k, v, None) for part in q.split(256, dim=2)], dim=2)
+    assert torch.allclose(attention(q, k, v, None), short, atol=1e-5)
+    with Largest() as largest:
+        ImageAttention(8, heads=2)(torch.randn(1, 8, 32, 32, generator=rng()))
+    assert largest.numel < 1024**2

@@ -1,7 +1,9 @@
 """imagen.py as a user runs it: training, sampling, scoring at a tiny size, and mistakes that it names."""
 
+import contextlib
 import dataclasses
 import fcntl
+import io
 import json
 import os
 import pty
@@ -11,33 +13,41 @@ import subprocess
 import sys
 import termios
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY
 from PIL import Image
 
 import imagen
-from training import load_checkpoint
+import metrics
+from data import Images
+from diffusion import sample
+from files import UserError, load_checkpoint
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The folder of a run of 60 steps on the digits, trained once for the tests of this file."""
-    out = tmp_path_factory.mktemp("run") / "digits"
-    length = ["--max_steps", 60, "--sample_every", 30, "--save_every", 30]
-    command = ["imagen.py", "--dataset", "digits", "--out", out, *TINY, "--score_n", 40, *length]
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
+    out, printed = tmp_path_factory.mktemp("run") / "digits", io.StringIO()
+    small = dict(channels=(8, 16), blocks=(1, 1), batch_size=16, score_n=40)
+    length = dict(max_steps=60, sample_every=30, save_every=30)
+    with contextlib.redirect_stdout(printed):
+        imagen.main(imagen.Config(dataset="digits", out=str(out), **small, **length))
+    return out, printed.getvalue()
 
 
 def test_a_run_writes_what_it_says(trained):
     out, printed = trained
-    for name in "grid film 000030 000060".split():
+    for name in "grid film 000030".split():
         assert (out / f"samples/{name}.png").stat().st_size > 100, name
     for name in "config.json log.csv curve.png last.pt".split():
-        assert (out / name).stat().st_size > 100, name
+        assert (out / name).stat().st_size > 60, name
     assert json.loads((out / "config.json").read_text())["dataset"] == "digits"
+    first = (
+        "digits: 1437 training and 360 test images of 1 x 8 x 8, 10 classes (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)"
+    )
+    assert printed.splitlines()[0] == first
     assert printed.splitlines()[-1].endswith(f"python imagen.py --sample_from {out / 'last.pt'}")
     grid = Image.open(out / "samples/grid.png")
     assert grid.height == 10 * (8 * 7 + 2)  # ten rows
@@ -147,6 +157,126 @@ def test_variants_train(flags, tmp_path, cli):
     assert status == 0 and (tmp_path / "samples/grid.png").exists(), printed
 
 
+def test_classes_and_n_choose_what_is_drawn_and_each_sample_is_a_file(trained, cli, tmp_path):
+    out, _ = trained
+    run = ["--sample_from", out / "last.pt", "--out", tmp_path, "--classes", 7, 3]
+    assert cli("imagen", *run, "--n", 3)[0] == 0
+    folder = tmp_path / "samples/dpm++_10_guidance0_seed0"
+    files = sorted(folder.iterdir())
+    assert [path.name for path in files] == [f"{i}_00{j}.png" for i in (3, 7) for j in range(3)]
+    before = [np.array(Image.open(path)) for path in files]
+    assert {x.shape for x in before} == {(8, 8)}  # grey, and not enlarged
+    assert any((before[0] != x).any() for x in before[1:])
+    assert Image.open(tmp_path / "samples/grid_dpm++_10_guidance0_seed0.png").height == 2 * (8 * 7 + 2)
+    assert cli("imagen", *run, "--n", 12)[0] == 0
+    assert len(list(folder.iterdir())) == 24
+    for path, x in zip(files, before, strict=True):  # of the same noise as before
+        assert np.abs(np.array(Image.open(path)).astype(int) - x).max() <= 1
+    status, printed = cli("imagen", *run, "cat")
+    assert status == 2 and "--classes cat is not among the classes; they are 0, 1, 2" in printed
+
+
+def test_files_of_samples_have_safe_and_different_names(tmp_path):
+    names = ["T-shirt/top", "../../up", "a b", "A_B", "", "/etc/passwd", "猫", "x" * 300, "nul\0", "sample"]
+    x = torch.zeros(11, 3, 4, 6, dtype=torch.uint8)
+    x[:, 0] = torch.arange(11)[:, None, None]
+    imagen.save_each(x, [*range(10), -1], names, tmp_path / "in" / "there")
+    files = list(tmp_path.rglob("*.png"))
+    assert {path.parent for path in files} == {tmp_path / "in" / "there"}
+    assert sorted(Image.open(path).getpixel((0, 0)) for path in files) == [(i, 0, 0) for i in range(11)]
+    assert all(re.fullmatch(r"[\w-]+\.png", path.name) for path in files)
+    imagen.save_each(x[:1], [0], ["T-shirt/top"], tmp_path)
+    assert (tmp_path / "T-shirt_top_000.png").exists()
+
+
+def test_load_gives_process_model_and_facts_to_sample_from(trained):
+    out, _ = trained
+    process, model, facts = imagen.load(out / "last.pt")
+    assert facts["shape"] == [1, 8, 8] and facts["names"][3] == "3"
+    assert not model.training
+    ema = load_checkpoint(out / "last.pt", "imagen")["ema"]
+    assert all(torch.equal(ema[name], w) for name, w in model.state_dict().items())
+    x = sample(process, model, (4, *facts["shape"]), torch.full((4,), 3), clip=1.0)
+    assert x.shape == (4, 1, 8, 8) and x.abs().max() <= 1
+    with pytest.raises(UserError, match="no checkpoint at"):
+        imagen.load(out / "gone.pt")
+
+
+def test_samples_are_drawn_in_parts_of_the_training_batch(trained, monkeypatch):
+    _, model, facts = imagen.load(trained[0] / "last.pt")
+    sizes = []
+    monkeypatch.setattr(
+        imagen, "sample", lambda _, model, shape, *rest, **how: sizes.append(shape) or torch.zeros(shape)
+    )
+    cfg = imagen.Config(batch_size=16)
+    assert len(imagen.draw(cfg, None, model, facts["shape"], torch.zeros(40), torch.device("cpu"))) == 40
+    assert [shape[0] for shape in sizes] == [16, 16, 8]
+
+
+def test_labels_of_a_grid_are_written_in_their_script_and_never_cut(tmp_path):
+    rows = [torch.full((2, 1, 8, 8), 255, dtype=torch.uint8)]
+
+    def margin(label):
+        imagen.save_grid(rows, [label], tmp_path / "grid.png")
+        picture = np.array(Image.open(tmp_path / "grid.png").convert("L"))
+        return picture[:, : picture.shape[1] - 2 * 58]
+
+    for one, other in [("собака", "ссссса"), ("γάτα", "γγγα"), ("قطة", "ققة")]:
+        assert margin(one).shape != margin(other).shape or (margin(one) != margin(other)).any()
+        assert (margin(one) < 128).any()
+    assert margin("W" * 40).shape[1] > margin("i" * 40).shape[1]
+    assert margin("W" * 40)[:, -3:].min() == 255
+    for odd in ("two\nlines", "\x1b[31m", "\udcff", ""):
+        assert margin(odd).shape[0] == 58
+
+
+def test_a_picture_is_whole_or_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "grid.png"
+    imagen.save_grid([torch.zeros(2, 1, 8, 8, dtype=torch.uint8)], [""], path)
+    before = path.read_bytes()
+
+    def torn(self, file, format):
+        file.write(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Image.Image, "save", torn)
+    with pytest.raises(UserError, match="no space left"):
+        imagen.save_grid([torch.ones(2, 1, 8, 8, dtype=torch.uint8)], [""], path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_run_goes_on_with_data_that_have_moved(tmp_path, cli):
+    for i in range(10):
+        (tmp_path / "pics" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 20 * i).save(tmp_path / "pics" / "ab"[i % 2] / f"{i}.png")
+    (tmp_path / "pics" / "notes.txt").write_text("mine")
+    run = ["--out", tmp_path / "out", *TINY]
+    status, printed = cli("imagen", "--dataset", tmp_path / "pics", *run, "--max_steps", 2)
+    assert status == 0, printed
+    assert "8 training and 2 test images of 1 x 8 x 8, 2 classes (a, b); left out: 1 .txt" in printed
+    (tmp_path / "pics").rename(tmp_path / "moved")
+    run += ["--resume", "--max_steps", 3]
+    status, printed = cli("imagen", "--dataset", f"{tmp_path}/./moved/", *run)
+    assert status == 0 and "at step 2" in printed, printed
+    (tmp_path / "moved" / "a" / "0.png").unlink()
+    status, printed = cli("imagen", "--dataset", tmp_path / "moved", *run)
+    assert status == 2 and "other data" in printed, printed
+
+
+def test_transparent_images_are_trained_on_with_the_background(tmp_path, cli):
+    (tmp_path / "in").mkdir()
+    for i in range(4):
+        Image.new("RGBA", (8, 8), (20 * i, 0, 0, 128)).save(tmp_path / "in" / f"{i}.png")
+    run = ["--dataset", tmp_path / "in", "--out", tmp_path / "out", *TINY, "--max_steps", 1]
+    status, printed = cli("imagen", *run)
+    assert status == 2 and "is transparent: choose what is behind it, say --background white" in printed
+    status, printed = cli("imagen", *run, "--background", "white")
+    assert status == 0 and "4 training and 0 test images of 3 x 8 x 8, no classes" in printed, printed
+    status, printed = cli("imagen", *run, "--resume", "--background", "black")
+    assert status == 2 and "--background black, but" in printed
+
+
 def test_folder_of_images_without_classes(tmp_path, cli):
     for i in range(12):
         (tmp_path / "in").mkdir(exist_ok=True)
@@ -159,6 +289,14 @@ def test_folder_of_images_without_classes(tmp_path, cli):
     status, printed = cli("imagen", *run, "--image_size", 8)
     assert status == 0
     assert "not scored: " in printed
+
+
+@pytest.mark.parametrize("train, test, classes", [(9, 40, 2), (40, 9, 2), (40, 40, 1)])
+def test_too_few_images_are_not_scored(train, test, classes, tmp_path):
+    x, y = torch.zeros(40, 1, 8, 8, dtype=torch.uint8), torch.zeros(40, dtype=torch.long)
+    images = Images(x[:train], y[:train], x[:test], y[:test], ["a", "b"][:classes])
+    with pytest.raises(UserError, match=f"got {classes} classes, {train} training and {test} test images"):
+        metrics.load_classifier(images, str(tmp_path), torch.device("cpu"))
 
 
 def test_import_is_light():
@@ -213,7 +351,27 @@ def test_help_shows_every_field_with_its_own_comment(cli):
             ["error: --schedule linear, --T 1", "to noise"],
         ),
         ("--dataset digits --schedule flow --predict eps", ["eps says nothing of x0"]),
-        ("--image_size 0", ["image_size must be at least 1, got 0"]),
+        ("--image_size 0", ["image_size must be in [1, 4096], got 0"]),
+        (
+            "--dataset digits --channels 8 8 8 8 --blocks 1 1 1 1",
+            ["level of 1x1 with 8 channels", "16 or more"],
+        ),
+        ("--background whit", ["background must be a colour such as white", "whit"]),
+        (
+            "--dataset digits --classes 3 three",
+            ["--classes three is not among", "they are 0, 1, 2, 3, 4, 5, 6"],
+        ),
+        ("--n 0", ["n must be in [1", "got 0"]),
+        (f"--T {10**30}", ["T must be in [1, 100000]"]),
+        (f"--batch_size {10**30}", ["batch_size must be in [1, 100000]"]),
+        (f"--max_steps {10**30}", ["max_steps must be in [1, "]),
+        (f"--image_size {10**30}", ["image_size must be in [1, 4096]"]),
+        (f"--width {16 * 10**30}", ["width must be in [16, 16384]"]),
+        (f"--depth {10**30}", ["depth must be in [1, 1024]"]),
+        (f"--channels {8 * 10**30} --blocks 1", ["channels must be", "got (8000"]),
+        (f"--channels 8 --blocks {10**30}", ["blocks from 1 to 1000"]),
+        ("--lr inf", ["lr must be in [1e-09, 1], got inf"]),
+        ("--guidance nan", ["guidance must be in [0, 1000], got nan"]),
     ],
 )
 def test_mistakes_exit_2_with_one_message(flags, words, cli, tmp_path):
@@ -239,16 +397,20 @@ def test_checkpoint_of_another_script_version_or_data(trained, cli, tmp_path, fa
     state = load_checkpoint(out / "last.pt", "imagen")
     for change, words in [
         (dict(kind="textgen"), "not a checkpoint of imagen.py"),
-        (dict(config=state["config"] | dict(new_field=1)), "another version of this script: "),
-        (dict(config=state["config"] | dict(channels=(8, 24))), "weights of another model"),
-        (dict(ema=3), "weights of another model"),
+        (dict(config=state["config"] | dict(new_field=1)), "does not fit this version of the script"),
+        (dict(config=state["config"] | dict(channels=(8, 24))), "does not fit this version of the script"),
+        (dict(ema=3), "ema is missing, or of another type"),
+        (dict(facts=state["facts"] | dict(names="cats")), "facts is missing, or of another type"),
+        (dict(facts=state["facts"] | dict(shape=[1, 8])), "does not fit this version of the script"),
+        (dict(facts=state["facts"] | dict(shape=[1, 8, 10**12])), "but this unet needs"),
+        (dict(facts=state["facts"] | dict(shape=[2, 8, 8])), "images are 8x8 with 2 channels, but"),
     ]:
         torch.save(state | change, tmp_path / "bad.pt")
         status, printed = cli("imagen", "--sample_from", tmp_path / "bad.pt")
         assert status == 2 and words in printed, printed
     other_data = ["--dataset", "fashionmnist", "--data_dir", fake_fashionmnist]
     status, printed = cli("imagen", "--score_from", out / "last.pt", *other_data)
-    assert status == 2 and "was trained on" in printed
+    assert status == 2 and "other data than fashionmnist: shape, images, names, checksum differ" in printed
     status, printed = cli("imagen", "--sample_from", out / "last.pt", "--predict", "eps")
     assert status == 2 and "--predict eps, but" in printed and "trained with v" in printed
     (tmp_path / "file").write_text("")

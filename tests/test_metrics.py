@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
+import sacrebleu
 import scipy.linalg
 import torch
 from torchmetrics.image.kid import poly_mmd
 
 import metrics
 from data import load_images
-from training import UserError
+from files import UserError
 
 CPU = torch.device("cpu")
 
@@ -135,6 +136,29 @@ def test_bleu_is_100_for_copies_and_the_brevity_penalty_for_a_text_that_only_end
     assert metrics.bleu(short, texts) == pytest.approx(100 * np.exp(1 - 18 / 16), abs=0.1)
 
 
+LINES = ["今天的早餐非常好吃", "房间很干净也很安静", "ร้านอาหารนี้อร่อยมาก", "บริการไม่ดีเลยครับ"]
+
+
+def test_bleu_of_scripts_without_spaces_is_that_of_their_characters():
+    for texts in (LINES[:2], LINES[2:]):
+        assert metrics.unit(texts) == "characters"
+        assert metrics.bleu(texts, texts) == pytest.approx(100)
+        assert 0 < metrics.bleu([texts[0], texts[1][:-3]], texts) < 100
+        spaced, end = [" ".join(text) for text in texts], " ".join(texts[1][:-3])
+        by_hand = sacrebleu.corpus_bleu([spaced[0], end], [spaced], tokenize="none").score
+        assert metrics.bleu([texts[0], texts[1][:-3]], texts) == pytest.approx(by_hand)
+    english = ["the ramen (拉面) was good and the staff was kind", "we would come back to this place any day"]
+    assert metrics.unit(english) == "words"
+    assert metrics.bleu(english[::-1], english) == sacrebleu.corpus_bleu(english[::-1], [english]).score
+
+
+def test_bleu_is_none_where_no_text_has_four_words():
+    titles = ["grand hotel", "old inn", "\U0001f600\U0001f44d"]
+    assert np.isnan(metrics.bleu(titles, titles))
+    assert metrics.bleu(titles, [*titles[:2], "a house by the sea"]) == 0
+    assert np.isnan(metrics.aubleu([(0.0, np.nan), (1.0, np.nan)]))
+
+
 def test_aubleu_is_the_area_in_whatever_order_the_points_come():
     assert metrics.aubleu([(0.0, 0.0), (1.0, 80.0)]) == pytest.approx(40)
     points = [(1.0, 80.0), (0.0, 0.0), (0.5, 10.0)]
@@ -168,6 +192,24 @@ def test_texts_that_say_nothing_have_a_score():
     assert np.isnan(got["rep4"])
     assert got["words"] == 0
     assert np.isnan(metrics.score_texts(["a single text"], TRAIN)["selfBLEU"])
+
+
+def test_texts_of_every_script_and_of_no_words_are_scored():
+    chinese = metrics.score_texts(["很好很好很"], LINES[:2])
+    assert chinese["characters"] == 5
+    assert chinese["dist1"] == pytest.approx(2 / 5)
+    assert chinese["dist2"] == pytest.approx(2 / 4)
+    assert chinese["rep4"] == 0
+    assert 0 < chinese["nearest"] < 1
+    for texts in (LINES, ["\U0001f600\U0001f44d", "\U0001f44d\u2764"], ["T T A G", "C"]):
+        assert metrics.score_texts(texts, texts)["nearest"] == pytest.approx(1)
+
+
+def test_the_text_classifier_reads_scripts_without_spaces_and_emoji():
+    for good, bad in (("早餐很好吃", "早餐很难吃"), ("\U0001f600", "\U0001f621")):
+        read, accuracy = metrics.text_classifier([good, bad] * 10, [1, 0] * 10, [bad * 2], [0])
+        assert list(read([good * 2, bad])) == [1, 0]
+        assert accuracy == 1
 
 
 def test_the_text_classifier_states_its_accuracy_on_held_out_texts():

@@ -29,6 +29,11 @@ def commands() -> list[str]:
     return found
 
 
+def python_blocks() -> list[str]:
+    """The code on the page: quoted from the modules, or, where it begins with an import, to run."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+
+
 def arguments(words: list[str], fashionmnist, reviews) -> list[str]:
     """The words of a command on our scripts, with flags that make it small and keep it off the network."""
     script = words[2] if words[1] == "-m" else next(word for word in words if word.endswith(".py"))
@@ -69,6 +74,10 @@ def test_every_command_runs(tmp_path, fake_fashionmnist, reviews):
             assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
             ran += 1
     assert ran >= 6
+    for block in python_blocks():
+        if block.startswith("import"):
+            done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, env=env)
+            assert done.returncode == 0, done.stderr.decode()
 
 
 def test_ci_installs_and_tests_by_the_commands_of_the_readme():
@@ -80,9 +89,9 @@ def test_ci_installs_and_tests_by_the_commands_of_the_readme():
 
 def test_code_that_is_quoted_stands_so_in_the_code():
     source = "".join((ROOT / name).read_text() for name in ("diffusion.py", "imagen.py"))
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
-    assert blocks
-    for block in blocks:
+    quoted = [block for block in python_blocks() if not block.startswith("import")]
+    assert quoted
+    for block in quoted:
         for part in block.strip("\n").split("\n\n\n"):
             indented = re.sub(r"^(?=.)", "    ", part, flags=re.M)
             assert part in source or indented in source, part

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import random
 import re
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -15,9 +16,10 @@ from test_tasks import GSM, write_jsonl
 
 import reason
 from bench import reason as bench
+from blocks import generate
 from diffusion import Masked
+from files import load_checkpoint
 from tasks import END, Tokens, load_problems
-from training import load_checkpoint
 
 CPU = torch.device("cpu")
 SUMS = ["--dataset", "sums", "--terms", 3, *SMALL_REASON, "--score_n", 20]
@@ -307,6 +309,38 @@ def test_interrupted_and_resumed_ends_with_the_same_bits(flags, tmp_path, cli):
     assert [row["step"] for row in evals[0]] == ["3", "6"]
     assert [row["step"] for row in evals[1]] == ["3", "4", "6"]
     assert evals[0][-1]["answer"] == evals[1][-1]["answer"]
+
+
+def test_what_follows_the_last_checkpoint_is_made_after_a_kill(trained, cli, tmp_path):
+    out = tmp_path / "killed"
+    shutil.copytree(trained[0], out)
+    (out / "curve.png").unlink()
+    rows = (out / "eval.csv").read_text().splitlines()
+    (out / "eval.csv").write_text("\n".join([*rows[:2], rows[2][:4]]))  # the last row is torn
+    command = [*SUMS, "--max_steps", 20, "--sample_every", 10, "--score_n", 5, "--votes", 1, "--out", out]
+    status, printed = cli("reason", *command)
+    assert status == 0, printed
+    assert (out / "curve.png").exists()
+    made = (out / "eval.csv").read_text().splitlines()
+    assert made[:2] == rows[:2]
+    assert [made[2].split(",")[i] for i in (0, 2, 3)] == [rows[2].split(",")[i] for i in (0, 2, 3)]
+
+
+def test_a_checkpoint_is_loaded_in_one_call(trained):
+    process, model, facts = reason.load(trained[0] / "last.pt", device="cpu")
+    q = reason.encode(facts, ["1 + 2 + 3"], [[]])[:, : facts["widths"][0]]
+    *_, (_, xt) = generate(model, q, steps=2)
+    assert xt.shape == (1, sum(facts["widths"][1:])) and (xt != process.mask_id).all()
+
+
+def test_facts_of_another_type_are_refused(trained, cli, tmp_path):
+    for odd in (dict(alphabet=3), dict(widths=[3, "x"]), dict(widths=[10**12, 3]), dict(example=[])):
+        state = load_checkpoint(trained[0] / "last.pt", "reason")
+        state["facts"] |= odd
+        torch.save(state, tmp_path / "last.pt")
+        status, printed = cli("reason", "--sample_from", tmp_path / "last.pt", "--prompt", "1 + 2 + 3")
+        assert status == 2, (odd, printed)
+        assert "last.pt" in printed or "out of memory" in printed
 
 
 def test_problems_of_a_file_are_learned_and_asked(tmp_path, cli):

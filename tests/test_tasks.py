@@ -4,10 +4,12 @@ import json
 import random
 import re
 
+import datasets
 import pytest
 from conftest import ROOT
 
 import metrics
+from files import UserError
 from tasks import (
     ANSWER,
     CLOSES,
@@ -22,8 +24,8 @@ from tasks import (
     load_problems,
     make_problems,
     multiplication,
+    read_thoughts,
 )
-from training import UserError
 
 SHARED = ROOT.parent / "shared"
 
@@ -188,36 +190,93 @@ def test_lines_of_text_are_read_as_their_owner_means_them(tmp_path):
     assert {question[-7:] for question in questions} == {"(a||b)?"}
 
 
-def test_the_files_of_others_are_read():
-    folder = SHARED / "field"
-    if not folder.exists():
-        pytest.skip("the shared files are not here")
-    for name in (
-        "bom",
-        "crlf",
-        "UPPER",
-        "blank_between",
-        "trailing_blank",
-        "formfeed",
-        "u2028",
-        "double_bar",
-    ):
-        path = next(folder.glob(f"42_icot/{name}.*"))
-        problems = load_problems(str(path))
-        assert len(problems.question) + len(problems.question_test) == 120, name
+def csv_field(text):
+    return '"' + text.replace('"', '""') + '"'
+
+
+def test_problems_of_a_table_are_the_same_in_every_form(tmp_path):
+    lines = ["answer,question,id", *(f"{csv_field(p['answer'])},{csv_field(p['question'])},7" for p in GSM)]
+    (tmp_path / "a.csv").write_text("\ufeff" + "\r\n".join(lines) + "\r\n\r\n", encoding="utf-8", newline="")
+    (tmp_path / "a.json").write_text(json.dumps(dict(data=GSM)), encoding="utf-8")
+    (tmp_path / "a.JSONL").write_text("\ufeff" + "\n\n".join(map(json.dumps, GSM)), encoding="utf-8")
+    datasets.Dataset.from_list(GSM).to_parquet(tmp_path / "a.parquet")
+    wanted = load_problems(str(write_jsonl(tmp_path / "gsm.jsonl")))
+    for name in ("a.csv", "a.json", "a.JSONL", "a.parquet"):
+        assert load_problems(str(tmp_path / name)) == wanted, name
+
+
+def test_the_folder_of_implicit_chain_of_thought_is_read_and_valid_left_out(tmp_path):
+    for name, n in (("train", 30), ("valid", 3), ("test", 4)):
+        lines = [f"{name} {i}||<<{i}+1={i + 1}>> #### {i + 1}" for i in range(n)]
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines))
+    problems = load_problems(str(tmp_path))
+    assert (len(problems.question), len(problems.question_test)) == (30, 4)
+    assert (problems.question[1], problems.thoughts[1]) == ("train 1", ["<<1+1=2>>", "#### 2"])
+    assert problems.question_test[0] == "test 0"
+    assert problems.note == "left out: valid.txt"
+
+
+def test_what_is_left_out_of_the_training_problems_is_said(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", GSM[:30])
+    write_jsonl(tmp_path / "test.jsonl", GSM[25:])
+    note = load_problems(str(tmp_path), n=20).note
+    assert "left out: 5 training questions that the test split has too" in note
+    assert "left out: 5 training problems beyond --train_n 20" in note
+    assert load_problems(str(tmp_path / "train.jsonl")).note == ""
+
+
+@pytest.mark.parametrize(
+    "tail, answer",
+    [
+        ("#### 1,234", "1,234"),
+        ("#### 3/4", "3/4"),
+        ("####-5", "-5"),
+        ("#### $ 18", "$ 18"),
+        ("#### 10:30 ", "10:30"),
+        ("#### 5 0 3 2", "5 0 3 2"),
+        ("#### 12 apples", "12 apples"),
+        ("#### 43.", "43."),
+        ("####\n 82", "82"),
+        ("#### 42 The answer is: 42", "42"),
+        ("#### 42\nThe answer is: 42", "42"),
+        ("#### 42\r\n\r\nThat is all.", "42"),
+        ("#### 42. the answer is 42.", "42."),
+        ("#### x = 5\u2028", "x = 5"),
+    ],
+)
+@pytest.mark.parametrize("form", ["equations", "text"])
+def test_an_answer_is_what_its_line_says_without_metamaths_tail(tail, answer, form):
+    thoughts = ["<<40+2=42>>"] if form == "equations" else ["So."]
+    assert read_thoughts(f"So<<40+2=42>>.\n{tail}", form, "") == [*thoughts, f"#### {answer}"]
+
+
+def test_only_line_ends_part_thoughts():
+    assert read_thoughts("a\u2028b\x0cc\x85d\r\ne\n#### 3", "text", "") == [
+        "a\u2028b\x0cc\x85d",
+        "e",
+        "#### 3",
+    ]
 
 
 @pytest.mark.parametrize(
     "rows, wanted",
     [
-        ([*GSM[:3], dict(question="How?", answer="I do not know.")], "row 4: no '#### number'"),
-        ([*GSM[:3], dict(question="", answer="#### 3")], "row 4: question is ''"),
-        ([dict(prompt="x", answer="#### 3")], "row 1: question is None"),
-        ([dict(question="How?", answer=3)], "row 1: answer is 3"),
-        ([*GSM, dict(question="x" * 1001, answer="#### 3")], "row 41: 1001 characters in the question"),
+        ([*GSM[:3], dict(question="How?", answer="I do not know.")], "line 4: no '#### number'"),
+        ([dict(question="How?", answer="So. ####")], "line 1: no '#### number'"),
+        ([dict(question="How?", answer="#### Step 1\nSo.\n#### 3")], "line 1: no '#### number'"),
+        ([dict(question="How?", answer="#### 42. So he has 42.")], "line 1: '42. So he has 42.' is more"),
+        ([dict(question="How?", answer="#### 42 Final answer: 42")], "line 1: '42 Final answer: 42' is more"),
+        ([*GSM[:3], dict(question="", answer="#### 3")], "line 4: question is ''"),
+        (
+            [dict(query="x", response="#### 3")],
+            "line 1 has the columns query, response; a problem's are called",
+        ),
+        ([dict(text="3 + 4 #### 7")], "line 1 has no || between question and thoughts"),
+        ([dict(question="How?", answer=3)], "line 1: answer is 3"),
+        ([*GSM, dict(question="x" * 1001, answer="#### 3")], "line 41: 1001 characters in the question"),
         (
             [*GSM, dict(question="How?", answer="<<1>>" * 16 + "#### 3")],
-            "row 41: 4 characters in the question and 17",
+            "line 41: 4 characters in the question and 17",
         ),
         (GSM[:1], "both must be at least 1"),
         (
@@ -239,7 +298,7 @@ def test_a_row_that_is_no_problem_is_named(rows, wanted, tmp_path):
         ("sudoku", "no data set 'sudoku'; without a network use --dataset sums"),
         ("no.txt", "no file no.txt; without a network use --dataset sums"),
         ("no.jsonl", "no file no.jsonl"),
-        (".", "no file train.jsonl"),
+        (".", "has no split train"),
         ("gsm8k", "could not be had from the hub"),
     ],
 )
@@ -289,6 +348,9 @@ def test_a_text_that_does_not_fit_is_refused(text, wanted):
     [
         (["<<1+2=3>>", "#### 3"], "3"),
         (["#### 1,234"], "1234"),
+        (["#### 1,234,567"], "1234567"),
+        (["#### 1,5"], "1,5"),
+        (["#### 1, 2, 3"], "1,2,3"),
         (["#### -5 "], "-5"),
         (["#### 8 3 0"], "830"),
         (["  #### 0.5"], "0.5"),

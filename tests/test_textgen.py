@@ -7,6 +7,9 @@ import io
 import json
 import os
 import re
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +23,8 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Pre
 import data
 import textgen
 from data import load_texts
-from training import load_checkpoint, read_config, run_script
+from files import load_checkpoint
+from training import read_config, run_script
 from vae import TextVAE, small_backbones
 
 CPU = torch.device("cpu")
@@ -302,7 +306,7 @@ def test_one_vae_serves_several_diffusions(trained, cli, tmp_path):
     flags = [*GRAMMAR, "--vae_steps", 40, "--diffusion_steps", 2, "--score_n", 0, "--out", tmp_path]
     status, printed = cli("textgen", *flags, "--condition", "none", "--shift", 2, "--width", 16)
     assert status == 0, printed
-    assert f"{tmp_path / 'vae/last.pt'} is finished: loaded" in printed
+    assert f"resumed {tmp_path / 'vae/last.pt'} at step 40" in printed  # only what goes with it is made
 
 
 def test_two_processes_train_both_stages(tmp_path):
@@ -316,6 +320,90 @@ def test_two_processes_train_both_stages(tmp_path):
     assert done.stdout.count("sample again") == 1
     assert done.stdout.count("score: n=6") == 1
     assert load_checkpoint(tmp_path / "diffusion/last.pt", "textgen")["step"] == 3
+
+
+# -- nothing lost, nobody asked ------------------------------------------------------------------------------
+
+
+def test_what_follows_the_last_checkpoint_of_a_stage_is_made_after_a_kill(trained, cli, tmp_path):
+    out = tmp_path / "killed"
+    shutil.copytree(trained[0], out)
+    (out / "vae/curve.png").unlink()  # the last thing that is written
+    wanted = (out / "vae/samples/reconstructions.txt").read_text()
+    (out / "vae/samples/reconstructions.txt").unlink()
+    flags = [*GRAMMAR, "--vae_steps", 40, "--diffusion_steps", 40, "--score_n", 0, "--out", out]
+    status, printed = cli("textgen", *flags)
+    assert status == 0, printed
+    assert (out / "vae/curve.png").exists() and "diffusion/last.pt is finished" in printed
+    assert (out / "vae/samples/reconstructions.txt").read_text() == wanted
+
+
+def test_too_few_texts_for_the_diffusion_are_noticed_before_the_vae_is_trained(cli, tmp_path):
+    flags = [*GRAMMAR, "--diffusion_batch", 400, "--out", tmp_path]
+    status, printed = cli("textgen", *flags)
+    assert status == 2 and "are fewer than a batch of 400" in printed
+    assert not (tmp_path / "vae/last.pt").exists()
+
+
+def test_a_signal_in_the_last_step_of_a_stage_ends_the_run(cli, tmp_path, monkeypatch):
+    update = textgen.Run.update
+
+    def last(run, loss):
+        update(run, loss)
+        if run.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(textgen.Run, "update", last)
+    flags = [*GRAMMAR, "--vae_steps", 3, "--diffusion_steps", 3, "--score_n", 0, "--out", tmp_path]
+    status, printed = cli("textgen", *flags)
+    assert status == 143 and "stopped by SIGTERM at step 3, saved" in printed
+    assert load_checkpoint(tmp_path / "vae/last.pt", "textgen")["step"] == 3
+    assert not (tmp_path / "diffusion").exists()
+
+
+def test_a_writer_is_loaded_in_one_call(trained, writer):
+    loaded = textgen.load(trained[0] / "diffusion/last.pt", device="cpu")
+    assert loaded.sample(torch.tensor([4]), [""]) == writer.sample(torch.tensor([4]), [""])
+
+
+BERT = dict(model_type="bert", hidden_size=32, num_attention_heads=2, num_hidden_layers=1)
+
+
+@pytest.mark.parametrize(
+    "facts, said",
+    [
+        ({}, "the shapes of owner/bert and owner/gpt are missing"),
+        (
+            dict(backbones=[json.dumps(dict(model_type="timm_wrapper")), "{}"]),
+            "'timm_wrapper', not one of bert",
+        ),
+        (
+            dict(backbones=[json.dumps(BERT | dict(attn_implementation="owner/kernel")), "{}"]),
+            "Error(s) in loading state_dict",
+        ),
+        (dict(backbones=3), "does not fit"),
+        (dict(names=3), "facts is missing, or of another type"),
+        (dict(codec=dict(encoder="x", decoder="x", eos=1, max_tokens=64)), "does not fit"),
+    ],
+)
+def test_a_checkpoint_cannot_have_a_network_fetched(facts, said, trained, cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(socket.socket, "connect", None)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", None)
+    state = load_checkpoint(trained[0] / "diffusion/last.pt", "textgen")
+    state["config"] |= dict(encoder="owner/bert", decoder="owner/gpt")
+    state["facts"] |= facts
+    torch.save(state, tmp_path / "last.pt")
+    status, printed = cli("textgen", "--sample_from", tmp_path / "last.pt")
+    assert status == 2 and said in printed, printed
+
+
+def test_names_of_classes_cannot_steer_the_terminal(trained, cli, tmp_path):
+    state = load_checkpoint(trained[0] / "diffusion/last.pt", "textgen")
+    state["facts"]["names"][0] = "\x1b]0;owned\x07"
+    torch.save(state, tmp_path / "last.pt")
+    status, printed = cli("textgen", "--sample_from", tmp_path / "last.pt", "--steps", 1)
+    assert status == 0 and "\x1b" not in printed and "[\\x1b]0;owned\\x07]" in printed
 
 
 # -- conditions, pretrained parts, few texts ---------------------------------------------------------------
@@ -509,7 +597,7 @@ def test_a_checkpoint_with_weights_of_another_vae_is_refused(trained, cli, tmp_p
     torch.save(state, tmp_path / "other.pt")
     status, printed = cli("textgen", "--sample_from", tmp_path / "other.pt")
     assert status == 2
-    assert "weights of another model" in printed
+    assert "does not fit this version of the script, or these settings" in printed
 
 
 def test_a_score_on_other_data_is_refused(trained, cli, tmp_path):

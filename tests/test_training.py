@@ -1,28 +1,26 @@
 """training.py: randomness, EMA, checkpoints, resume after kill -9, signals, two processes."""
 
+import copy
 import csv
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from conftest import ROOT, TINY
 
 import training
-from training import (
-    Run,
-    UserError,
-    batch_indices,
-    load_checkpoint,
-    load_weights,
-    pick_device,
-    seed_step,
-    write_atomic,
-)
+from files import UserError, load_checkpoint, load_weights, show, write_atomic
+from training import Run, batch_indices, not_fatal, pick_device, seed_step
 
 CPU = torch.device("cpu")
 
@@ -38,6 +36,7 @@ class Config:
     ema_decay: float = 0.9
     log_every: int = 2
     save_every: int = 4
+    sample_every: int = 1000
     resume: bool = False
     width: int = 1
 
@@ -148,7 +147,9 @@ def test_resume_refuses_another_model_or_other_data_and_names_it(tmp_path):
         toy(replace(cfg, resume=True, width=2))
     with pytest.raises(UserError, match="its samples is 31, but .* was trained with 32"):
         begin(replace(cfg, resume=True), samples=31)
-    with pytest.raises(UserError, match="weights of another model"):
+    with pytest.raises(
+        UserError, match="does not fit this version of the script, or these settings .*weight"
+    ):
         begin(replace(cfg, resume=True), inputs=4)
     toy(replace(cfg, resume=True, lr=1e-3, max_steps=12))  # these may change
 
@@ -233,8 +234,16 @@ def test_a_recipe_sets_the_defaults_of_its_data_set_and_flags_override_it(flags,
 def test_write_atomic_leaves_the_old_file_where_the_new_one_fails(tmp_path):
     path = tmp_path / "f"
     write_atomic(path, lambda f: f.write(b"old"))
-    with pytest.raises(RuntimeError):
-        write_atomic(path, lambda f: (f.write(b"half"), (_ for _ in ()).throw(RuntimeError()))[0])
+    for error in (RuntimeError("file write failed"), OSError(28, "No space left on device")):
+
+        def write(file, error=error):
+            file.write(b"half")
+            raise error
+
+        with pytest.raises(
+            UserError, match=f"f could not be written .*{error.args[-1]}.* one before is kept"
+        ):
+            write_atomic(path, write)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
     os.link(path, tmp_path / "reader")  # as a reader that has the old file open
     write_atomic(path, lambda f: f.write(b"new"))
@@ -259,7 +268,7 @@ def test_bad_checkpoints_are_named_and_run_nothing(tmp_path):
     with pytest.raises(UserError, match="loaded safely"):
         load_checkpoint(path, "toy")
     torch.save(dict(kind="toy", model={}, step=3), path)
-    with pytest.raises(UserError, match="lacks config, ema, extra, facts, opt, seconds"):
+    with pytest.raises(UserError, match="config, facts, seconds, ema, opt, extra is missing"):
         load_checkpoint(path, "toy")
     bomb = Bomb()
     bomb.trace = tmp_path / "exploded"
@@ -271,7 +280,7 @@ def test_bad_checkpoints_are_named_and_run_nothing(tmp_path):
         torch.save(other, path)
         with pytest.raises(UserError, match="not a checkpoint of toy.py"):
             load_checkpoint(path, "toy")
-    with pytest.raises(UserError, match="weights of another model: .*weight"):
+    with pytest.raises(UserError, match="does not fit .*weight"):
         load_weights(torch.nn.Linear(3, 1), torch.nn.Linear(4, 1).state_dict(), path)
 
 
@@ -279,6 +288,255 @@ def test_pick_device():
     assert pick_device("auto").type == "cpu" and pick_device("cpu").type == "cpu"  # conftest hides the GPUs
     with pytest.raises(UserError, match="--device cuda is not available here; choose one of cpu"):
         pick_device("cuda")
+
+
+# -- nothing lost ------------------------------------------------------------------------------------------
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_noticed_or_changes_nothing(tmp_path):
+    toy(Config(str(tmp_path)))
+    path, rng, noticed = tmp_path / "last.pt", random.Random(0), 0
+    sound, state = path.read_bytes(), load_checkpoint(path, "toy")
+    for _ in range(150):
+        flipped = bytearray(sound)
+        flipped[rng.randrange(len(sound))] ^= 1 << rng.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            assert str(load_checkpoint(path, "toy")) == str(state)
+        except UserError:
+            noticed += 1
+    assert noticed > 50
+
+
+def test_a_folder_is_one_runs_at_a_time_and_free_after_a_kill(tmp_path):
+    code = "import time; from test_training import Config, begin\n"
+    code += f"run = begin(Config({str(tmp_path)!r})); print('ready', flush=True); time.sleep(60)"
+    here = dict(cwd=ROOT / "tests", stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen([sys.executable, "-c", code], **here)
+    assert other.stdout.readline() == "ready\n"
+    with pytest.raises(UserError, match=f"in use by another run .process {other.pid} on "):
+        toy(Config(str(tmp_path)))
+    other.kill()
+    other.wait()
+    (tmp_path / ".last.pt.123.tmp").write_bytes(b"half of a checkpoint")
+    assert toy(Config(str(tmp_path))).step == 10
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("part", ["weight", "average"])
+def test_a_weight_that_is_not_finite_is_not_saved(tmp_path, part):
+    torch.manual_seed(0)
+    run = begin(Config(str(tmp_path)))
+    with pytest.raises(UserError, match="a weight, or its average, of step 8 is not finite"):
+        for step, batch in run.steps(len(X)):
+            run.update(run.model(X[batch]).square().mean())
+            if step == 8:
+                net = run.net if part == "weight" else run.ema.module
+                net.weight.data[0, 0] = float("nan")
+    assert load_checkpoint(tmp_path / "last.pt", "toy")["step"] == 4
+
+
+def test_weights_that_are_not_finite_or_of_another_type_are_not_loaded(tmp_path):
+    weights = torch.nn.Linear(3, 1).state_dict()
+    for odd in (weights["weight"] * float("inf"), weights["weight"].double(), weights["weight"].long()):
+        with pytest.raises(UserError, match="last.pt does not fit"):
+            load_weights(torch.nn.Linear(3, 1), weights | dict(weight=odd), tmp_path / "last.pt")
+
+
+def test_an_odd_optimizer_state_is_named(tmp_path):
+    toy(Config(str(tmp_path), max_steps=4))
+    path = tmp_path / "last.pt"
+    state = load_checkpoint(path, "toy")
+    average = state["opt"]["state"][0]["exp_avg"]
+    for odd in (average[0], average * float("nan"), 3, None):
+        broken = copy.deepcopy(state)
+        broken["opt"]["state"][0]["exp_avg"] = odd
+        torch.save(broken, path)
+        with pytest.raises(UserError, match="last.pt does not fit"):
+            toy(Config(str(tmp_path), resume=True))
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
+@pytest.mark.parametrize("when", [3, 10])
+def test_every_signal_is_obeyed_in_its_own_step_and_the_last_one_too(tmp_path, capsys, name, when):
+    run = begin(Config(str(tmp_path), log_every=100, save_every=100))
+    with pytest.raises(SystemExit) as end:
+        for step, batch in run.steps(len(X)):
+            run.update(run.model(X[batch]).square().mean())
+            if step == when:
+                os.kill(os.getpid(), getattr(signal, name))
+    assert end.value.code == 128 + getattr(signal, name)
+    assert f"stopped by {name} at step {when}, saved; add --resume" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "last.pt", "toy")["step"] == when
+
+
+def test_a_signal_while_samples_are_drawn_is_obeyed_at_once(tmp_path, capsys):
+    run = begin(Config(str(tmp_path), sample_every=3))
+    with pytest.raises(SystemExit) as end:
+        for _, batch in run.steps(len(X)):
+            if run.due(3):
+                with run.pause():
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    time.sleep(60)
+            run.update(run.model(X[batch]).square().mean())
+    assert end.value.code == 143 and "at step 3, saved" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "last.pt", "toy")["step"] == 3
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run = begin(Config(str(tmp_path)))
+        for step, batch in run.steps(len(X)):
+            run.update(run.model(X[batch]).square().mean())
+            if step == 3:
+                os.kill(os.getpid(), signal.SIGHUP)
+        assert run.step == 10 and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_training_in_a_thread_needs_no_signals(tmp_path):
+    steps = []
+    thread = threading.Thread(target=lambda: steps.append(toy(Config(str(tmp_path))).step))
+    thread.start()
+    thread.join()
+    assert steps == [10]
+
+
+def test_samples_are_due_after_a_save_again_after_a_kill_and_disturb_no_draw(tmp_path):
+    """The draws of a step come after those of the samples, which must leave no trace."""
+
+    def train(out, every, stop=10, resume=False):
+        seen, run = [], begin(Config(str(tmp_path / out), max_steps=stop, sample_every=every, resume=resume))
+        for step, batch in run.steps(len(X)):
+            if run.due(every):
+                assert load_checkpoint(tmp_path / out / "last.pt", "toy")["step"] == step - 1
+                with run.pause():
+                    seen.append((step - 1, torch.randn(()).item()))
+            run.update((run.model(X[batch]) - torch.randn(len(batch), 1)).square().mean())
+        return [step for step, _ in seen], run.net.weight
+
+    torch.manual_seed(0)
+    steps, weight = train("a", every=3)
+    assert steps == [3, 6, 9]
+    torch.manual_seed(0)
+    assert torch.equal(train("b", every=1000)[1], weight)
+    torch.manual_seed(0)
+    assert train("c", every=3, stop=6)[0] == [3]
+    assert train("c", every=3, resume=True)[0] == [6, 9]
+
+
+def test_rows_that_parse_survive_a_damaged_table(tmp_path):
+    toy(Config(str(tmp_path)))
+    path = tmp_path / "log.csv"
+    header, *rows = path.read_bytes().splitlines()
+    damaged = [
+        b"",
+        rows[0],
+        b"\0" * 40,
+        rows[1] + b",7",
+        b"\xff\xfe",
+        rows[2],
+        b"6,x,1,1,1",
+        rows[3][:4],
+        b"1e,",
+    ]
+    path.write_bytes(b"\r\n".join(damaged))
+    toy(Config(str(tmp_path), resume=True, max_steps=12))
+    lines = path.read_bytes().splitlines()
+    assert lines[:3] == [header, rows[0], rows[2]] and lines[3].startswith(b"12,") and len(lines) == 4
+    path.unlink()
+    toy(Config(str(tmp_path), resume=True, max_steps=14)).curve()
+
+
+def test_a_folder_that_is_deleted_during_the_run_is_made_again(tmp_path):
+    out = tmp_path / "run"
+    run = begin(Config(str(out)))
+    for step, batch in run.steps(len(X)):
+        run.update(run.model(X[batch]).square().mean())
+        if step == 5:
+            shutil.rmtree(out)
+    run.curve()
+    assert load_checkpoint(out / "last.pt", "toy")["step"] == 10
+    assert [row.split(",")[0] for row in (out / "log.csv").read_text().splitlines()] == [
+        "step",
+        "6",
+        "8",
+        "10",
+    ]
+
+
+# -- what is said ------------------------------------------------------------------------------------------
+
+
+def test_out_of_memory_is_one_message_that_names_the_setting(capsys, monkeypatch):
+    @dataclass(frozen=True)
+    class Batches(Flags):
+        batch_size: int = 3
+
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    for ask in (lambda cfg: torch.empty(10**16), lambda cfg: bytearray(10**17)):
+        with pytest.raises(SystemExit) as end:
+            training.run_script(Batches, ask, "")
+        assert end.value.code == 2
+        assert "error: out of memory" in (said := capsys.readouterr().err) and "lower --batch_size" in said
+
+
+def test_other_errors_are_not_taken_for_a_users(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(RuntimeError, match="a bug"):
+        training.run_script(Flags, lambda cfg: (_ for _ in ()).throw(RuntimeError("a bug")), "")
+
+
+def test_a_signal_outside_of_a_training_is_one_line(capsys, monkeypatch):
+    def main(cfg):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(SystemExit) as end:
+        training.run_script(Flags, main, "")
+    assert end.value.code == 130
+    assert capsys.readouterr().out == "stopped by SIGINT; what was saved is kept\n"
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_what_steers_a_terminal_is_written_out(capsys, tmp_path):
+    show(tmp_path, "names", ["\x1b[2Jcat", "Überraschung 猫"])
+    assert "\\x1b[2Jcat\nÜberraschung 猫\n" in capsys.readouterr().out
+    with not_fatal("scored"):
+        raise ValueError("empty \x07 vocabulary")
+    assert capsys.readouterr().out == "not scored: empty \\x07 vocabulary\n"
+
+
+def test_a_checkpoints_settings_must_be_of_the_types_of_this_version(tmp_path):
+    good = dict(dataset="plain", size="tiny", lr=1, steps=3)
+    assert training.saved_config(Flags, good, "last.pt") == Flags()
+    for odd in (dict(lr="x"), dict(steps=1.5), dict(steps=True), dict(dataset=None), dict(more=1)):
+        with pytest.raises(UserError, match="last.pt does not fit this version"):
+            training.saved_config(Flags, good | odd, "last.pt")
+
+
+@pytest.mark.parametrize(
+    "value, hint, wanted",
+    [
+        (3, int, True),
+        (True, int, False),
+        (3, float, True),
+        ("x", Literal["x", "y"], True),
+        ("z", Literal["x", "y"], False),
+        (None, int | None, True),
+        ("3", int | None, False),
+        ((1, 2, 3), tuple[int, ...], True),
+        ((1, 2, 3), tuple[int, int], False),
+        ([1, "2"], list[int], False),
+        (dict(a=1, b=[2]), dict(a=int, b=list[int]), True),
+        (dict(a=1), dict(a=int, b=list[int]), False),
+    ],
+)
+def test_fits_knows_the_types_of_settings_and_facts(value, hint, wanted):
+    assert training.fits(value, hint) == wanted
 
 
 # -- whole processes -------------------------------------------------------------------------------------
