@@ -111,10 +111,15 @@ def run_script(config_class, main, doc: str) -> None:
 
 def fail(text: str) -> None:
     """Print an error and leave with status 2."""
-    if not is_main():
-        time.sleep(5)  # the main process has most likely said it, and torchrun ends this one meanwhile
+    let_the_main_process_speak()
     print(f"error: {printable(text)}", file=sys.stderr)
     sys.exit(2)
+
+
+def let_the_main_process_speak() -> None:
+    """Wait, in the other processes of torchrun, which ends all as soon as one of them has ended."""
+    if not is_main():
+        time.sleep(5)
 
 
 @contextmanager
@@ -178,8 +183,12 @@ def parse_flags(config_class, doc: str, default):
     """The configuration that the command line makes of `default`; of torchrun's processes one complains."""
     silence = io.StringIO()
     said = (sys.stdout, sys.stderr) if is_main() else (silence, silence)
-    with redirect_stdout(said[0]), redirect_stderr(said[1]):
-        return tyro.cli(config_class, description=doc, use_underscores=True, default=default)
+    try:
+        with redirect_stdout(said[0]), redirect_stderr(said[1]):
+            return tyro.cli(config_class, description=doc, use_underscores=True, default=default)
+    except SystemExit:
+        let_the_main_process_speak()
+        raise
 
 
 def saved_config(config_class, saved: dict, path):

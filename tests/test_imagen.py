@@ -416,3 +416,12 @@ def test_checkpoint_of_another_script_version_or_data(trained, cli, tmp_path, fa
     (tmp_path / "file").write_text("")
     status, printed = cli("imagen", "--dataset", "digits", "--out", tmp_path / "file" / "run", *TINY)
     assert status == 2 and "file" in printed and "Traceback" not in printed
+
+
+def test_a_training_whose_score_cannot_be_written_is_done_all_the_same(tmp_path, cli, monkeypatch):
+    (tmp_path / "file").write_text("where a folder is wanted, as in a working directory that is read-only")
+    monkeypatch.setattr(imagen, "CACHE", tmp_path / "file")
+    monkeypatch.setattr("metrics.train_classifier", lambda *data: None)
+    flags = ["--dataset", "digits", *TINY, "--score_n", 20, "--max_steps", 2, "--out", tmp_path / "out"]
+    status, printed = cli("imagen", *flags)
+    assert status == 0 and "not scored: " in printed and "sample again: " in printed, printed

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import io
 import os
 import random
 import shutil
@@ -508,6 +509,20 @@ def test_what_steers_a_terminal_is_written_out(capsys, tmp_path):
     with not_fatal("scored"):
         raise ValueError("empty \x07 vocabulary")
     assert capsys.readouterr().out == "not scored: empty \\x07 vocabulary\n"
+
+
+def test_a_terminal_that_knows_only_ascii_gets_replacements(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    monkeypatch.setattr(sys, "stdout", terminal)
+    training.run_script(Flags, lambda cfg: print("猫"), "")
+    terminal.flush()
+    assert terminal.buffer.getvalue() == b"\\u732b\n"
+
+
+def test_a_curve_is_drawn_for_any_name_of_a_folder(tmp_path):
+    out = tmp_path / "a$b_$c {猫}\udcff"
+    assert toy(Config(str(out))).curve().stat().st_size > 1000
 
 
 def test_a_checkpoints_settings_must_be_of_the_types_of_this_version(tmp_path):
