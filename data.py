@@ -455,6 +455,8 @@ class Codec:
         # Trained here the two sides are one, and each text need be measured only once.
         self.different = [Tokenizer.from_str(side) for side in dict.fromkeys((self.encoder, self.decoder))]
         self.tokenizers = [self.different[0], self.different[-1]]
+        if not 0 <= self.eos < self.vocab:
+            raise ValueError(f"the end token {self.eos} is none of the {self.vocab} tokens")
         for tokenizer in self.tokenizers:
             tokenizer.no_padding()
             tokenizer.no_truncation()

@@ -9,10 +9,12 @@ import re
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import TypedDict
 
 import torch
+import typeguard
 from torch import nn
+from typeguard import CollectionCheckStrategy, TypeCheckError
 
 # -- what is said ------------------------------------------------------------------------------------------
 
@@ -110,23 +112,9 @@ def figure(path: Path, size: tuple[float, float]):
 # -- checkpoints ------------------------------------------------------------------------------------------
 
 
-def fits(value, hint) -> bool:
-    """Whether a value is of the type `hint`: that of a Config's field, or a dict of names and their types."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if isinstance(hint, dict):
-        return isinstance(value, dict) and all(
-            name in value and fits(value[name], hint[name]) for name in hint
-        )
-    if origin is Literal:
-        return any(value == choice and type(value) is type(choice) for choice in inner)
-    if origin is list or origin is tuple and inner[-1] is Ellipsis:
-        return type(value) is origin and all(fits(item, inner[0]) for item in value)
-    if origin is tuple:
-        return type(value) is tuple and len(value) == len(inner) and all(map(fits, value, inner))
-    if inner:  # one of several types
-        return any(fits(value, choice) for choice in inner)
-    kind = dict if isinstance(value, dict) else type(value)  # also an OrderedDict
-    return kind is hint or hint is float and kind is int
+def check_types(value, hint) -> None:
+    """Raise TypeCheckError where a value, or anything in it, is not of the type `hint`."""
+    typeguard.check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
 
 
 def check_crc(path) -> None:
@@ -154,12 +142,22 @@ def reading(path):
         raise UserError(f"{message} ({type(error).__name__}: {detail}); take another") from error
 
 
-PARTS = dict(kind=str, config=dict, facts=dict, step=int, seconds=float, model=dict, ema=dict, opt=dict)
-PARTS |= dict(extra=dict)  # of a checkpoint
+class Checkpoint(TypedDict):
+    """What a checkpoint holds; what its config and its facts are is a matter of its script."""
+
+    kind: str
+    config: dict
+    facts: dict
+    extra: dict
+    step: int
+    seconds: float
+    model: dict
+    ema: dict
+    opt: dict
 
 
-def load_checkpoint(path, kind: str, facts=dict) -> dict:
-    """The checkpoint of script `kind` at `path`, on the CPU. facts: the names of its facts and their types.
+def load_checkpoint(path, kind: str, facts=dict) -> Checkpoint:
+    """The checkpoint of script `kind` at `path`, on the CPU. facts: a TypedDict of what it must know.
 
     Raises UserError where it is missing, damaged, unsafe or of another script.
     """
@@ -176,10 +174,11 @@ def load_checkpoint(path, kind: str, facts=dict) -> dict:
         raise UserError(
             f"{path} is not a checkpoint of {kind}.py; give one that it has written (out/NAME/last.pt)"
         )
-    wanted = PARTS | dict(facts=facts)
-    if odd := [part for part in wanted if not fits(checkpoint.get(part), wanted[part])]:
-        what = f"{', '.join(odd)} is missing, or of another type than {kind}.py writes"
-        raise UserError(f"in {path} {what}; train again, or take another")
+    try:
+        check_types(checkpoint, Checkpoint)
+        check_types(checkpoint["facts"], facts)
+    except TypeCheckError as error:
+        raise UserError(f"{path} is not as {kind}.py writes it ({error}); take another") from error
     return checkpoint
 
 

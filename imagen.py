@@ -13,7 +13,7 @@ import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont
@@ -46,8 +46,15 @@ from training import (
 )
 
 CACHE = "out/classifiers"  # the scores' classifiers, one for each data set
-# What a checkpoint knows of its data, as data.Images.facts gives it.
-FACTS = dict(shape=list[int], images=int, names=list[str], checksum=str)
+
+
+class Facts(TypedDict):
+    """What a checkpoint knows of its data, as data.Images.facts gives it."""
+
+    shape: list[int]
+    images: int
+    names: list[str]
+    checksum: str
 
 
 @dataclass(frozen=True)
@@ -170,7 +177,7 @@ def load(path, device: str = "auto", cfg: Config | None = None) -> tuple[Diffusi
     facts: the shape (C, H, W) of its images and the names of its classes. cfg: settings other than those it
     was saved with. Raises UserError for what cannot be loaded.
     """
-    device, checkpoint = pick_device(device), load_checkpoint(path, Config.kind, FACTS)
+    device, checkpoint = pick_device(device), load_checkpoint(path, Config.kind, Facts)
     cfg, facts = cfg or saved_config(Config, checkpoint["config"], path), checkpoint["facts"]
     with reading(path):
         process, model = build(cfg, facts, device)

@@ -13,7 +13,7 @@ import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -38,10 +38,18 @@ from training import (
     wait,
 )
 
-# The names and types of a checkpoint's facts, see `chain_facts`.
-FACTS = dict(alphabet=str, widths=list[int], example=str | None, problems=int, checksum=str)
 EVAL = "step,seconds,answer,chain"  # the columns of eval.csv
 VOTE_TEMPERATURE = 0.5  # at which the chains of a majority vote are drawn
+
+
+class Facts(TypedDict):
+    """What a checkpoint knows of its problems, see `chain_facts`."""
+
+    alphabet: str
+    widths: list[int]
+    example: str | None
+    problems: int
+    checksum: str
 
 
 @dataclass(frozen=True)
@@ -291,7 +299,7 @@ def load(path, device="auto"):
 
 def load_model(cfg: Config, path, device: torch.device) -> tuple[TokenTransformer, dict, float]:
     """The EMA weights in a checkpoint, its facts, and its training seconds."""
-    checkpoint = load_checkpoint(path, cfg.kind, FACTS)
+    checkpoint = load_checkpoint(path, cfg.kind, Facts)
     with reading(path):
         model = build(cfg, checkpoint["facts"], device)
     load_weights(model, checkpoint["ema"], path)

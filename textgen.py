@@ -14,7 +14,7 @@ import shlex
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -161,10 +161,32 @@ RECIPES = {  # what a size or a data set has in place of the defaults; flags ove
 }
 RECIPES["planner"] = RECIPES["base"] | dict(span=1, variance="learned", beta=1e-5, p_max=0.0)
 
-# The names and types of a checkpoint's facts.
-FACTS = dict(stage=str, codec=dict(encoder=str, decoder=str, eos=int, max_tokens=int), names=list[str])
-FACTS |= dict(checksum=str)
-FACTS_IN = {"vae": FACTS, "diffusion": FACTS | dict(vae=str, vae_seconds=float)}
+
+class Tokenizers(TypedDict):
+    """A data.Codec in plain types."""
+
+    encoder: str
+    decoder: str
+    eos: int
+    max_tokens: int
+
+
+class OfBoth(TypedDict):
+    """What the checkpoints of both stages know."""
+
+    stage: str
+    codec: Tokenizers
+    names: list[str]
+    checksum: str
+
+
+class Facts(OfBoth, total=False):
+    """What a checkpoint knows: of pretrained parts their shapes, and in the diffusion's what of the VAE's."""
+
+    backbones: list[str]
+    vae: str
+    vae_seconds: float
+
 
 # One VAE serves several diffusions. What a size stands for is compared, not its name.
 OF_THE_DIFFUSION = frozenset("condition shift self_condition label_drop width depth diffusion_batch".split())
@@ -210,7 +232,7 @@ def pick_codec(cfg: Config, texts: Texts, path: Path) -> Codec:
     """The tokenizers: those of the checkpoint at `path`, if any, otherwise trained or pretrained ones."""
     if path.exists():
         with reading(path):
-            return Codec(**load_checkpoint(path, cfg.kind, FACTS_IN["vae"])["facts"]["codec"])
+            return Codec(**load_checkpoint(path, cfg.kind, Facts)["facts"]["codec"])
     if cfg.encoder == cfg.decoder == "scratch":
         return train_codec(texts.train.x, cfg.vocab, cfg.max_tokens)
     if "scratch" in (cfg.encoder, cfg.decoder):
@@ -332,7 +354,7 @@ def rows_of(y, index):
 def train_diffusion(cfg: Config, texts: Texts, out: Path, device) -> None:
     """Train the diffusion in the folder `out`, over the latents of the VAE beside it."""
     path = out.parent / "vae" / "last.pt"
-    checkpoint = load_checkpoint(path, cfg.kind, FACTS_IN["vae"])
+    checkpoint = load_checkpoint(path, cfg.kind, Facts)
     weights, facts = checkpoint["ema"], checkpoint["facts"]
     if facts["checksum"] != texts.checksum(conditions=False):
         raise UserError(f"{path} was trained on other texts than {cfg.dataset} has now; choose another --out")
@@ -457,7 +479,7 @@ def load_writer(cfg: Config, path, device, texts: Texts | None = None) -> Writer
 
     Raises UserError for a VAE's, for one whose parts do not fit, and for one trained on other texts.
     """
-    checkpoint = load_checkpoint(path, cfg.kind, FACTS)
+    checkpoint = load_checkpoint(path, cfg.kind, Facts)
     facts, extra = checkpoint["facts"], checkpoint["extra"]
     if facts["stage"] != "diffusion":
         wanted = "give that of the diffusion, out/NAME/diffusion/last.pt"

@@ -32,8 +32,8 @@ from tqdm import tqdm
 from files import (
     UserError,
     all_finite,
+    check_types,
     figure,
-    fits,
     is_main,
     load_checkpoint,
     load_weights,
@@ -195,8 +195,7 @@ def saved_config(config_class, saved: dict, path):
     """The configuration that a checkpoint saved. Raises UserError where it is not one of this version."""
     with reading(path):
         for field in fields(config_class):
-            if field.name in saved and not fits(saved[field.name], field.type):
-                raise ValueError(f"its {field.name} is {saved[field.name]!r}")
+            check_types(saved.get(field.name, field.default), field.type)
         return config_class(**saved)
 
 
@@ -473,8 +472,10 @@ class Run:
 
     def _tensors(self) -> list[Tensor]:
         """The weights, their averages and what the optimizer keeps of each."""
-        kept = [x for state in self.opt.state.values() for x in state.values()]
-        return [*self.net.parameters(), *self.net.buffers(), *self.ema.module.parameters(), *kept]
+        tensors = [*self.net.parameters(), *self.net.buffers(), *self.ema.module.parameters()]
+        for state in self.opt.state.values():
+            tensors += state.values()
+        return tensors
 
     def _load(self, path: Path, free) -> None:
         old = load_checkpoint(path, self.cfg.kind)

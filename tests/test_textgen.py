@@ -381,8 +381,8 @@ BERT = dict(model_type="bert", hidden_size=32, num_attention_heads=2, num_hidden
             dict(backbones=[json.dumps(BERT | dict(attn_implementation="owner/kernel")), "{}"]),
             "Error(s) in loading state_dict",
         ),
-        (dict(backbones=3), "does not fit"),
-        (dict(names=3), "facts is missing, or of another type"),
+        (dict(backbones=3), "is not as textgen.py writes it"),
+        (dict(names=3), "is not as textgen.py writes it"),
         (dict(codec=dict(encoder="x", decoder="x", eos=1, max_tokens=64)), "does not fit"),
     ],
 )
