@@ -83,8 +83,15 @@ def not_fatal(done: str):
     """Turn an error in what comes after a training, which was to be `done`, into a line: the run is whole."""
     try:
         yield
-    except (UserError, OSError, ValueError) as error:
+    except Exception as error:
+        if not isinstance(error, UserError | OSError | ValueError) and not is_out_of_memory(error):
+            raise
         say(f"not {done}: {error}")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether there was too little memory; torch says so by a RuntimeError."""
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "memory" in str(error)
 
 
 # -- a script: from the command line to the exit status ---------------------------------------------------
@@ -101,7 +108,7 @@ def run_script(config_class, main, doc: str) -> None:
     except (UserError, OSError) as error:  # an OSError names the file
         fail(str(error))
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         sizes = ", ".join(f"--{field.name}" for field in fields(config_class) if "batch" in field.name)
         fail(f"out of memory ({reason(error)}); lower {sizes}, or the size of the model or the data")
@@ -280,8 +287,9 @@ def millions(model: nn.Module) -> str:
 def same_settings(cfg, saved: dict, path, way_out: str, free=FREE) -> None:
     """Raise UserError where a field of cfg outside `free` is not as the checkpoint at `path` saved it."""
     for name, value in asdict(cfg).items():
-        if name not in free and value != saved.get(name):
-            raise UserError(f"--{name} {value}, but {path} was trained with {saved.get(name)}: {way_out}")
+        with reading(path):  # where tensors stand in it, nothing can be compared
+            if name not in free and value != saved.get(name):
+                raise UserError(f"--{name} {value}, but {path} was trained with {saved.get(name)}: {way_out}")
 
 
 def finished(cfg, out, max_steps: int, free=FREE) -> bool:
@@ -289,9 +297,31 @@ def finished(cfg, out, max_steps: int, free=FREE) -> bool:
     path = Path(out) / "last.pt"
     if not path.exists():
         return False
+    if is_main():
+        lock_folder(path.parent)  # for a moment, so that nobody else is in it, and for what a killed run left
     checkpoint = load_checkpoint(path, cfg.kind)
     same_settings(cfg, checkpoint["config"], path, "keep it, or choose another --out", free)
     return checkpoint["step"] >= max_steps
+
+
+def lock_folder(out: Path) -> filelock.FileLock:
+    """A lock on a run's folder, which the system frees when the process ends, however it ends.
+
+    Raises UserError where another process has it. What a killed run has half written is removed.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / ".lock"
+    holder = path.read_text(errors="replace") if path.is_file() else ""
+    lock = filelock.FileLock(path, is_singleton=True)  # one program may train twice in a folder, in turn
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        what = f"{out} is in use by another run ({holder or 'a process that did not say who it is'})"
+        raise UserError(f"{what}: wait until it ends, or choose another --out") from error
+    path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    for left in out.rglob(".*.tmp"):
+        left.unlink(missing_ok=True)
+    return lock
 
 
 def ema_ramp(step: int, limit: float) -> float:
@@ -329,7 +359,7 @@ class Run:
         fused = device.type != "mps"
         self.opt = torch.optim.AdamW(self.net.parameters(), lr=cfg.lr, weight_decay=0.0, fused=fused)
         self.paused = False
-        self.lock = self._lock() if self.main else None
+        self.lock = lock_folder(self.out) if self.main else None
         path = self.out / "last.pt"
         self.resumed = path.exists()
         if self.resumed and not cfg.resume:
@@ -454,22 +484,6 @@ class Run:
     def _average(self, ema: list, params: list, _) -> None:
         torch._foreach_lerp_(ema, params, 1 - ema_ramp(self.step, self.cfg.ema_decay))
 
-    def _lock(self) -> filelock.FileLock:
-        """A lock on the folder, which the system frees when the process ends, however it ends."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        path = self.out / ".lock"
-        holder = path.read_text(errors="replace") if path.is_file() else ""
-        lock = filelock.FileLock(path, is_singleton=True)  # one program may train twice in a folder, in turn
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout as error:
-            what = f"{self.out} is in use by another run ({holder or 'a process that did not say who it is'})"
-            raise UserError(f"{what}: wait until it ends, or choose another --out") from error
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-        for left in self.out.rglob(".*.tmp"):  # of a killed run, since nobody else is here
-            left.unlink(missing_ok=True)
-        return lock
-
     def _tensors(self) -> list[Tensor]:
         """The weights, their averages and what the optimizer keeps of each."""
         tensors = [*self.net.parameters(), *self.net.buffers(), *self.ema.module.parameters()]
@@ -481,10 +495,12 @@ class Run:
         old = load_checkpoint(path, self.cfg.kind)
         same_settings(self.cfg, old["config"], path, "keep it, or choose another --out", free)
         for name, value in self.facts.items():
-            if old["facts"].get(name) != value:
-                was = old["facts"].get(name)
-                message = f"its {name} is {value}, but {path} was trained with {was}; choose another --out"
-                raise UserError(f"--resume on other data: {message}")
+            with reading(path):
+                if (was := old["facts"].get(name)) != value:
+                    message = (
+                        f"its {name} is {value}, but {path} was trained with {was}; choose another --out"
+                    )
+                    raise UserError(f"--resume on other data: {message}")
         load_weights(self.net, old["model"], path)
         load_weights(self.ema.module, old["ema"], path)
         with reading(path):

@@ -331,11 +331,13 @@ def test_what_follows_the_last_checkpoint_of_a_stage_is_made_after_a_kill(traine
     (out / "vae/curve.png").unlink()  # the last thing that is written
     wanted = (out / "vae/samples/reconstructions.txt").read_text()
     (out / "vae/samples/reconstructions.txt").unlink()
+    (out / "diffusion/samples/.score.txt.123.tmp").write_text("half of it")
     flags = [*GRAMMAR, "--vae_steps", 40, "--diffusion_steps", 40, "--score_n", 0, "--out", out]
     status, printed = cli("textgen", *flags)
     assert status == 0, printed
     assert (out / "vae/curve.png").exists() and "diffusion/last.pt is finished" in printed
     assert (out / "vae/samples/reconstructions.txt").read_text() == wanted
+    assert not list(out.rglob("*.tmp"))
 
 
 def test_too_few_texts_for_the_diffusion_are_noticed_before_the_vae_is_trained(cli, tmp_path):

@@ -343,6 +343,17 @@ def test_weights_that_are_not_finite_or_of_another_type_are_not_loaded(tmp_path)
             load_weights(torch.nn.Linear(3, 1), weights | dict(weight=odd), tmp_path / "last.pt")
 
 
+@pytest.mark.parametrize("odd", [torch.zeros(2), torch.zeros(1), None, "x", 10**30, float("nan")])
+@pytest.mark.parametrize("part, name", [("config", "width"), ("facts", "samples")])
+def test_settings_and_facts_that_cannot_be_compared_are_named(tmp_path, part, name, odd):
+    toy(Config(str(tmp_path), max_steps=4))
+    state = load_checkpoint(tmp_path / "last.pt", "toy")
+    state[part][name] = odd
+    torch.save(state, tmp_path / "last.pt")
+    with pytest.raises(UserError, match="last.pt"):
+        toy(Config(str(tmp_path), resume=True))
+
+
 def test_an_odd_optimizer_state_is_named(tmp_path):
     toy(Config(str(tmp_path), max_steps=4))
     path = tmp_path / "last.pt"
@@ -508,6 +519,11 @@ def test_what_steers_a_terminal_is_written_out(capsys, tmp_path):
     with not_fatal("scored"):
         raise ValueError("empty \x07 vocabulary")
     assert capsys.readouterr().out == "not scored: empty \\x07 vocabulary\n"
+    with not_fatal("scored"):
+        torch.empty(10**16)
+    assert capsys.readouterr().out.startswith("not scored: ")
+    with pytest.raises(KeyError), not_fatal("scored"):  # a mistake of ours
+        raise KeyError
 
 
 def test_a_terminal_that_knows_only_ascii_gets_replacements(monkeypatch):
