@@ -5,6 +5,7 @@ import itertools
 import math
 import os
 import re
+import unicodedata
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -114,7 +115,7 @@ def digits() -> Images:
 
 
 def hold_out(n: int) -> tuple[Tensor, Tensor]:
-    """Rows of training and of test, which is every fifth of a seeded shuffle; of less than five none is."""
+    """Row numbers of training and test: every fifth of a seeded shuffle, none of fewer than five."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     held_out = (torch.arange(n) % 5 == 0) & (n >= 5)
     return order[~held_out], order[held_out]
@@ -218,7 +219,7 @@ def folder_labels(top: Path, files: list[Path]) -> list[str]:
         )
     words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", " ".join(names))  # of trainA, test_set, val2017
     kinds = {SPLITS.get(word.lower()) for word in words} - {None}
-    if len(kinds) > 1 and "train" in kinds or any(name.lower() in SPLITS for name in names):
+    if kinds - {"train"} or any(name.lower() in SPLITS for name in names):
         names.sort(key=lambda name: name.lower() not in SPLITS)  # those in doubt come first
         what = f"in {top} are the folders {', '.join(names[:10])}: a split (train, test, val) or classes?"
         way_out = "for splits keep just train, test and val at the top, with the classes in them"
@@ -266,9 +267,9 @@ def read_image(path: Path, background: str | None = None) -> tuple[Tensor, bool]
         raise UserError(f"{path} has several pages or slices; save each as a file of its own")
     # Pillow does not find the transparent colour of a PNG whose values it has scaled to 8 bits.
     lost = "transparency" in image.info and image.mode != "P" and ";" in packing
-    if lost or image.mode not in MODES:
-        what = f"{path} has not 8 bits a channel (mode {image.mode}), so that its range is not known"
-        raise UserError(f"{what}: scale it to 8 bits, for example by `magick mogrify -depth 8`")
+    if lost or ";16" in packing or image.mode not in MODES:
+        what = f"{path} (mode {image.mode}) cannot be read without guessing its range or colours"
+        raise UserError(f"{what}: save it with 8 bits a channel, for example by `magick mogrify -depth 8`")
     grey = image.mode in ("1", "L", "LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -330,7 +331,8 @@ def load_texts(dataset: str, text_column=None, label_column=None, condition_colu
     """The texts of `dataset`: tripadvisor, another hub name, or the path of a file or folder.
 
     The columns of texts and labels are guessed from common names unless given; the label_column "none" means
-    none. Without a condition_column there are no conditions. A split "test" is kept as it is; otherwise every
+    none. Without a condition_column there are no conditions. A split "test", or "val" where
+    there is none, is kept as it is; otherwise every
     tenth text of a seeded shuffle is held out. Raises UserError for an unknown or unreachable data set, a
     missing column, a single file of fewer than three texts, a text that is missing or broken (with its row),
     or a label that is missing or has too many values.
@@ -404,7 +406,8 @@ def label_of(value, where: str) -> str:
         raise UserError(f"{where} is missing; mend the row or take it out")
     if isinstance(value, int) or isinstance(value, float) and math.isfinite(value):
         value = str(value)
-    return re.sub(r"^(-?[0-9]+)\.0*$", r"\1", text_of(value, where, "a word or a number"))
+    label = unicodedata.normalize("NFC", text_of(value, where, "a word or a number"))
+    return re.sub(r"^(-?[0-9]+(?:\.[0-9]*[1-9])?)\.?0*$", r"\1", label) if "." in label else label
 
 
 def class_names(labels: list[str], where: str) -> list[str]:
@@ -460,6 +463,7 @@ class Codec:
         for tokenizer in self.tokenizers:
             tokenizer.no_padding()
             tokenizer.no_truncation()
+            tokenizer.encode_special_tokens = True  # where a text says "<eos>", it is text
 
     @property
     def vocab(self) -> int:
@@ -524,7 +528,7 @@ def pretrained_codec(encoder: str, decoder: str, max_tokens: int) -> Codec:
     try:
         ours, theirs = (AutoTokenizer.from_pretrained(name) for name in (encoder, decoder))
     except Exception as error:  # no network, no such name, a damaged folder
-        what = f"the tokenizers of {encoder} and {decoder} could not be had ({reason(error)})"
+        what = f"the tokenizers of {encoder} and {decoder} could not be loaded ({reason(error)})"
         raise UserError(f"{what}; --size tiny needs no download") from error
     if theirs.eos_token_id is None:
         raise UserError(f"the tokenizer of {decoder} has no end token: give a GPT-2 with --decoder")

@@ -12,6 +12,7 @@ V vocabulary.
 """
 
 import math
+import warnings
 from itertools import pairwise
 
 import torch
@@ -121,11 +122,13 @@ class Diffusion(nn.Module):
 
 
 def check_scale(x0: Tensor) -> None:
-    """Raise ValueError for bytes and, on a CPU, where to look costs next to nothing, for values as large."""
+    """Raise ValueError for bytes and, on a CPU, where checking is cheap, for floats as large as bytes."""
     largest = float(x0.abs().max()) if x0.device.type == "cpu" and len(x0) else 0.0
     if not x0.is_floating_point() or largest > 50:
         wanted = "x0 must be floats: images in [-1, 1] (x / 127.5 - 1), other data of about variance 1"
         raise ValueError(f"{wanted}; got {x0.dtype}, the largest of them {largest:g}")
+    if x0.dim() == 4 and largest > 0 and x0.min() >= 0:
+        warnings.warn("x0 has no negative value: images in [0, 1] must become 2 * x - 1", stacklevel=3)
 
 
 # -- its samplers: from xt at step ts[0] down to x0 at step 0; they yield (step reached, xt, guess of x0) ---
@@ -452,8 +455,8 @@ class UNet(nn.Module):
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k' / sqrt(d)) v of q (B, heads, L, d) and k, v (B, heads, M, d), where mask is True."""
-    # On a CPU, at short lengths and in bf16, the backward pass of torch's takes three times as long; at great
-    # ones it alone does without the matrix of all pairs, and only where the last axis is contiguous.
+    # On a CPU, at short lengths and in bf16, the backward pass of torch's takes three times as long. At long
+    # ones only torch's avoids the matrix of all pairs, provided that the last axis is contiguous.
     if q.device.type == "cuda" or q.shape[2] * k.shape[2] >= 2**20:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)

@@ -7,7 +7,7 @@ import functools
 import os
 import re
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypedDict
 
@@ -34,14 +34,15 @@ def is_main() -> bool:
 
 
 def printable(text: str) -> str:
-    """The text with what steers a terminal written out: a stranger's checkpoint has names of classes."""
+    """Escape control characters: class names may come from a stranger's checkpoint."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], text)
 
 
 def say(text: str) -> None:
     """Print in the main process, at once."""
     if is_main():
-        print(printable(text), flush=True)
+        with suppress(OSError):  # a training outlives its terminal, and the tee behind it
+            print(printable(text), flush=True)
 
 
 # -- files -----------------------------------------------------------------------------------------------
@@ -65,10 +66,8 @@ def write_atomic(path: Path, write) -> None:
         message = f"{path} could not be written ({reason(error)}): is the disk full? {kept}"
         raise UserError(f"{message}; make room, then --resume") from error
     finally:
-        try:
+        with suppress(OSError):  # of a folder that is gone or read-only: it is said above
             tmp.unlink(missing_ok=True)
-        except OSError:  # of a folder that is gone or read-only: it is said above
-            pass
 
 
 def write_lines(path: Path, lines: list[str]) -> None:
@@ -77,7 +76,7 @@ def write_lines(path: Path, lines: list[str]) -> None:
 
 
 def read_rows(path: Path, header: str) -> dict[str, list[float]]:
-    """The lines of a csv file of numbers, and the numbers, without what is torn or damaged or is no row."""
+    """The rows of a csv file of numbers, by line; damaged lines are skipped."""
     rows = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
@@ -134,7 +133,7 @@ def reading(path):
     """Turn what goes wrong while the contents of a checkpoint are used into a UserError that names it."""
     try:
         yield
-    except (UserError, MemoryError):
+    except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # any, since anything can stand in a checkpoint
         detail = " ".join(str(error).split())[:250]
@@ -184,7 +183,8 @@ def load_checkpoint(path, kind: str, facts=dict) -> Checkpoint:
 
 def all_finite(tensors) -> bool:
     """Whether all numbers of the tensors are finite."""
-    return torch.stack([x.isfinite().all() for x in tensors]).all().item()
+    tensors = list(tensors)  # AdamW keeps its step on the CPU, except where it is fused
+    return torch.stack([x.isfinite().all().to(tensors[0].device) for x in tensors]).all().item()
 
 
 def load_weights(model: nn.Module, weights: dict, path) -> None:

@@ -270,6 +270,8 @@ def grid(
 
 def save_each(samples: Tensor, y: list[int], names: list[str], folder: Path) -> None:
     """Write each sample, of class y, as CLASS_000.png, CLASS_001.png, ... at its own size."""
+    for old in folder.glob("*_[0-9][0-9][0-9]*.png"):
+        old.unlink()  # of another number of samples, or an earlier state of the checkpoint
     stems = [re.sub(r"[^\w-]+", "_", name)[:60] for name in [*names, "sample"]]  # safe as names of files
     if len(set(map(str.casefold, stems))) < len(stems):  # two would be one
         stems = [f"{i}_{stem}" for i, stem in enumerate(stems)]
@@ -339,11 +341,11 @@ def score(cfg: Config, process: Diffusion, model, images: Images, device: torch.
     samples = draw(cfg, process, model, images.x.shape[1:], y, device)
     took = f"{time.perf_counter() - start:.1f} s"
     how = f"{cfg.sampler}, {cfg.steps} steps, guidance {cfg.guidance:g}, seed {cfg.seed}, {took}"
-    print(f"score: n={len(samples)} against {len(images.x_test)} test images; {how}")
-    print(f"  in the features of a classifier with test accuracy {accuracy:.3f}:")
+    say(f"score: n={len(samples)} against {len(images.x_test)} test images; {how}")
+    say(f"  in the features of a classifier with test accuracy {accuracy:.3f}:")
     for name, row in metrics.score_images(samples, images, net, device, y).items():
         values = "".join(f"  {key} {value:.4g}" for key, value in row.items())
-        print(f"  {name:8}{values}", flush=True)
+        say(f"  {name:8}{values}")
     return samples, net
 
 

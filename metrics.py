@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import Images
-from files import UserError, reason, write_atomic
+from files import UserError, check_crc, reason, write_atomic
 
 
 class Classifier(nn.Module):
@@ -67,6 +67,7 @@ def load_classifier(images: Images, cache: str, device: torch.device, steps=800)
     path = Path(cache) / f"{images.facts()['checksum']}_{version}.pt"
     if path.exists():
         try:
+            check_crc(path)
             net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         except Exception as error:  # torch raises a different type for each way in which a file can be broken
             damage = f"the cached classifier {path} is damaged ({reason(error)})"
@@ -271,7 +272,7 @@ def score_texts(texts: list[str], train: list[str]) -> dict[str, float]:
     cosine = (vectors.transform(texts) @ vectors.transform(train).T).max(axis=1).toarray()
     return {
         "dist1": len(set(one)) / max(1, len(one)),
-        "dist2": len(set(two)) / max(1, len(two)),
+        "dist2": len(set(two)) / len(two) if two else math.nan,
         "entropy": float((p * np.log(1 / p)).sum()),
         "rep4": float(np.mean(repeated)) if repeated else math.nan,
         "selfBLEU": self_bleu(texts[:50], counted),

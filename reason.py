@@ -331,25 +331,25 @@ def score(cfg: Config, facts: dict, model: TokenTransformer, problems: Problems,
     n, device = len(questions), next(model.parameters()).device
     q = encode(facts, questions, truth)[:, : model.layout.q].to(device)
     size = f"{millions(model)}, trained {seconds:.0f} s"
-    print(f"score: n={n} test problems, seed {cfg.seed}; {device}, {torch.get_num_threads()} threads; {size}")
+    say(f"score: n={n} test problems, seed {cfg.seed}; {device}, {torch.get_num_threads()} threads; {size}")
 
     for steps in (1, 2, 4, 8, 16, 32, 64):
         asked = dataclasses.replace(cfg, steps=steps)
         chains = chains_of(asked, facts, model, q, cfg.seed)
         line = row(f"{steps} evaluations", metrics.score_chains(chains, questions, truth, problems.check))
         fast = rates(functools.partial(chains_of, asked, facts, model, seed=0), q) if steps <= 8 else ""
-        print(line + fast, flush=True)
+        say(line + fast)
     if cfg.votes == 1:
         return
     asked = dataclasses.replace(cfg, temperature=VOTE_TEMPERATURE)
     runs = [chains_of(asked, facts, model, q, cfg.seed + 1000 * i) for i in range(cfg.votes)]
     first = metrics.score_chains(runs[0], questions, truth, problems.check)
-    print(row(f"temperature {VOTE_TEMPERATURE:g}", first))
+    say(row(f"temperature {VOTE_TEMPERATURE:g}", first))
     right = 0
     for question, true, *chains in zip(questions, truth, *runs, strict=True):
         elected = metrics.majority(list(map(metrics.answer_of, chains)))
         right += metrics.is_right(elected, question, true, problems.check)
-    print(f"  {f'vote of {cfg.votes} of those':22}  answer {right / n:.3f}", flush=True)
+    say(f"  {f'vote of {cfg.votes} of those':22}  answer {right / n:.3f}")
 
 
 def check_question(cfg: Config, facts: dict) -> None:

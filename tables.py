@@ -16,7 +16,7 @@ from files import UserError, reason
 HUB = {"tripadvisor": ("argilla/tripadvisor-hotel-reviews",), "gsm8k": ("openai/gsm8k", "main")}
 KINDS = "a csv, tsv, jsonl, json, parquet or txt file, or a folder with one as train.* and one as test.*"
 Table = list[tuple[str, dict]]  # rows, each behind its place, such as "a.csv row 2 (line 3)"
-# What systems and programs put beside one's files: .ipynb_checkpoints, ._photo.png, .DS_Store, thumbnails.
+# What operating systems and programs leave among a user's files: .DS_Store, ._photo.png, .ipynb_checkpoints.
 HIDDEN = (".", "__MACOSX", "@eaDir", "$RECYCLE.BIN")
 # The names of folders and files that are splits.
 SPLITS = dict.fromkeys("train training trainset trainval".split(), "train")
@@ -56,7 +56,9 @@ def from_hub(source: tuple, offline: str) -> dict:
     try:
         return datasets.load_dataset(*source)
     except Exception as error:  # many types: no network, no such name, a damaged file
-        raise UserError(f"{source[0]} could not be had from the hub ({reason(error)}); {offline}") from error
+        raise UserError(
+            f"{source[0]} could not be loaded from the hub ({reason(error)}); {offline}"
+        ) from error
 
 
 def pick_splits(names: list[str], where) -> dict[str, str]:
@@ -156,6 +158,8 @@ def read_csv(path: Path) -> Table:
             elif len(row) != len(columns):
                 got = f"{place} has {len(row)} fields, the header {len(columns)}"
                 raise ValueError(f"{got}: put texts with {mark!r} inside in double quotes")
+            elif mark == "\t" and any(mark in cell and "\n" in cell for cell in row):
+                raise ValueError(f"{place} has tabs and lines inside double quotes: is one quote unclosed?")
             else:
                 table.append((place, dict(zip(columns, row, strict=True))))
     except csv.Error as error:

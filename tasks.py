@@ -191,10 +191,12 @@ def both_splits(train: list[tuple], test: list[tuple], where: str, check=None) -
 def read_problem(row: dict, form: str, where: str) -> tuple[str, list[str]]:
     """The question and the thoughts of a row. Raises UserError where it is not a problem."""
     if row.keys() == {"text"}:  # a line of a txt
-        question, bars, answer = text_of(row["text"], where).rpartition("||")
+        text = text_of(row["text"], where)
+        # A question may have bars of its own, and so may an equation: the last ones before the first count.
+        question, bars, _ = re.split("<<|####", text)[0].rpartition("||")
         if not bars:
             raise UserError(f"{where} has no || between question and thoughts; mend the line or take it out")
-        row = dict(question=question, answer=answer)
+        row = dict(question=question, answer=text[len(question) + 2 :])
     if not {"question", "answer"} <= row.keys():
         has = ", ".join(row)[:300]
         raise UserError(f"{where} has the columns {has}; a problem's are called question and answer: rename")
@@ -211,13 +213,13 @@ def read_thoughts(answer: str, form: str, where: str) -> list[str]:
     """The <<equations>> of an answer, or its lines as text; then "#### " and what is in that line.
 
     It ends before "The answer is", which MetaMath says behind it. Raises UserError for none, for two, and
-    where the line goes on with a sentence: what of it is the answer?
+    where a sentence or a line follows: what of it is the answer?
     """
     chain, _, last = answer.partition("####")
-    line = re.split("the answer is", lines_of(last.strip())[0], flags=re.I)[0].strip()
-    if not line or "####" in last:
+    line = re.split("the answer is", last, flags=re.I)[0].strip().removesuffix(".")
+    if not line or "#" in last:
         raise UserError(f"{where}: no '#### number' at the end of the answer {answer[-60:]!r}; mend the row")
-    if re.search(r"[.:;!?]\s", line):
+    if re.search(r"[.:;!?]\s|[\r\n]", line):
         raise UserError(f"{where}: {line[:60]!r} is more than an answer; leave just that behind ####")
     thoughts = re.findall(r"<<.*?>>", chain)
     if form == "text":

@@ -221,7 +221,7 @@ def split_pieces(cfg: Config, codec: Codec, texts: Texts, name: str, batch: int 
         say(f"{cut} of {len(pieces.x)} pieces ({name}) are cut at --max_tokens {cfg.max_tokens}")
     long = sum(not codec.fits(text) for text in pieces.c) if cfg.reads_text else 0
     if long and is_main():
-        print(f"{long} of {len(pieces.c)} conditions ({name}) are read up to --max_tokens {cfg.max_tokens}")
+        say(f"{long} of {len(pieces.c)} conditions ({name}) are read up to --max_tokens {cfg.max_tokens}")
     return pieces
 
 
@@ -252,7 +252,7 @@ def build_vae(cfg: Config, facts: dict, device: torch.device) -> TextVAE:
         try:
             parts = pretrained_backbones(cfg.encoder, cfg.decoder)
         except Exception as error:  # no network, no such name, a damaged folder
-            what = f"{cfg.encoder} and {cfg.decoder} could not be had ({reason(error)})"
+            what = f"{cfg.encoder} and {cfg.decoder} could not be loaded ({reason(error)})"
             raise UserError(f"{what}; --size tiny needs no download") from error
         facts["backbones"] = [part.config.to_json_string(use_diff=False) for part in parts]
     limit = min(parts[0].config.max_position_embeddings, parts[1].config.n_positions - cfg.k)
@@ -534,16 +534,16 @@ def score(writer: Writer, texts: Texts, out: Path) -> None:
         raise UserError(f"a score needs two held-out texts, got {len(test.x)} and --score_n {cfg.score_n}")
     order = torch.randperm(len(test.x), generator=torch.Generator().manual_seed(cfg.seed))
     held_out = test.take(order[: cfg.score_n])
-    print(f"score: n={len(held_out.x)} held-out pieces, seed {cfg.seed}")
+    say(f"score: n={len(held_out.x)} held-out pieces, seed {cfg.seed}")
     greedy = dataclasses.replace(writer, cfg=dataclasses.replace(cfg, top_p=0.0))
     score_vae(greedy, held_out)
     score_denoiser(greedy, held_out.first(100))
     start = time.perf_counter()
     rows = new_and_real(writer, train, test)
-    print(f"  samples: {writer.tag}, {time.perf_counter() - start:.1f} s", flush=True)
+    say(f"  samples: {writer.tag}, {time.perf_counter() - start:.1f} s")
     for name, values in score_rows(cfg, rows, train, test).items():
         known = {key: value for key, value in values.items() if not math.isnan(value)}
-        print(f"  {name:10}" + "".join(f"  {key} {value:.3g}" for key, value in known.items()), flush=True)
+        say(f"  {name:10}" + "".join(f"  {key} {value:.3g}" for key, value in known.items()))
     show(out, f"planning_{writer.tag}", writer.planning(held_out.first(1)))
     show(out, f"interpolation_{writer.tag}", writer.interpolation(held_out.first(2).ids))
 
@@ -562,7 +562,7 @@ def score_vae(writer: Writer, held_out: Pieces) -> None:
     else:
         beside = f"of 30% substituted {robust:.1f}, where that text itself has {copied:.1f}"
         say(f"  VAE: BLEU of {unit} {clean:.1f}; {beside}")
-    print(f"  {told(held_out_nats(vae, held_out, writer.device))}", flush=True)
+    say(f"  {told(held_out_nats(vae, held_out, writer.device))}")
 
 
 def score_denoiser(writer: Writer, held_out: Pieces) -> None:
@@ -578,7 +578,7 @@ def score_denoiser(writer: Writer, held_out: Pieces) -> None:
         points.append((writer.process.a[t] ** 2, metrics.bleu(guess, real)))
     area = metrics.aubleu([*points, (1.0, ceiling)])
     grid = ", ".join(f"{alpha_bar:.2f}: {bleu:.1f}" for alpha_bar, bleu in points)
-    print(f"  AuBLEU {area:.1f} of {ceiling:.1f} (n={len(real)}): {grid}", flush=True)
+    say(f"  AuBLEU {area:.1f} of {ceiling:.1f} (n={len(real)}): {grid}")
 
 
 def new_and_real(writer: Writer, train: Pieces, test: Pieces) -> dict[str, tuple[list[str], Tensor]]:
@@ -602,7 +602,7 @@ def score_rows(cfg: Config, rows: dict, train: Pieces, test: Pieces) -> dict[str
     scores = {name: metrics.score_texts(texts, train.x) for name, (texts, _) in rows.items()}
     if len(set(train.y.tolist())) > 1:
         read, accuracy = metrics.text_classifier(train.x, train.y.tolist(), test.x, test.y.tolist())
-        print(f"  label: as read by a classifier that is right on {accuracy:.3f} of held-out texts")
+        say(f"  label: as read by a classifier that is right on {accuracy:.3f} of held-out texts")
         for name, (texts, y) in rows.items():
             scores[name]["label"] = metrics.agreement(read(texts), y.tolist())
     if cfg.dataset == "grammar":

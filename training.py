@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import socket
 import sys
@@ -91,7 +92,8 @@ def not_fatal(done: str):
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether there was too little memory; torch says so by a RuntimeError."""
-    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "memory" in str(error)
+    said = re.search("(out of|not enough|allocate) memory", str(error))  # not: an illegal memory access
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and said is not None
 
 
 # -- a script: from the command line to the exit status ---------------------------------------------------
@@ -133,7 +135,7 @@ def let_the_main_process_speak() -> None:
 def on_signals(handler):
     """Call handler(number, frame) at each of SIGNALS, but for one that is ignored (nohup).
 
-    Python allows it in the main thread only; a training in another one is not told of signals.
+    Python allows it in the main thread only; training in any other thread does not see signals.
     """
     before = {}
     if threading.current_thread() is threading.main_thread():
@@ -187,7 +189,7 @@ def read_config(config_class, doc: str):
 
 
 def parse_flags(config_class, doc: str, default):
-    """The configuration that the command line makes of `default`; of torchrun's processes one complains."""
+    """The configuration that the command line makes of `default`; the main process alone reports errors."""
     silence = io.StringIO()
     said = (sys.stdout, sys.stderr) if is_main() else (silence, silence)
     try:
@@ -304,22 +306,25 @@ def finished(cfg, out, max_steps: int, free=FREE) -> bool:
     return checkpoint["step"] >= max_steps
 
 
+TEMPORARY = ".*.[0-9]*.tmp"  # as files.write_atomic names them
+
+
 def lock_folder(out: Path) -> filelock.FileLock:
     """A lock on a run's folder, which the system frees when the process ends, however it ends.
 
     Raises UserError where another process has it. What a killed run has half written is removed.
     """
     out.mkdir(parents=True, exist_ok=True)
-    path = out / ".lock"
-    holder = path.read_text(errors="replace") if path.is_file() else ""
-    lock = filelock.FileLock(path, is_singleton=True)  # one program may train twice in a folder, in turn
+    name = out / ".holder"  # beside the lock, which not every system lets the others read
+    holder = name.read_text(errors="replace") if name.is_file() else ""
+    lock = filelock.FileLock(out / ".lock", is_singleton=True)  # one program may train here twice, in turn
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
         what = f"{out} is in use by another run ({holder or 'a process that did not say who it is'})"
         raise UserError(f"{what}: wait until it ends, or choose another --out") from error
-    path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-    for left in out.rglob(".*.tmp"):
+    name.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    for left in [*out.glob(TEMPORARY), *(out / "samples").rglob(TEMPORARY)]:
         left.unlink(missing_ok=True)
     return lock
 
@@ -398,6 +403,8 @@ class Run:
             finally:
                 if bar is not None:
                     bar.close()
+                if self.lock:
+                    self.lock.release()  # what is still to come is made anew each time
             if signals:  # it came after the last step had looked for one
                 self._stop(signals[0], self.step)
 
@@ -518,6 +525,7 @@ class Run:
     def _begin(self) -> tqdm:
         """Make the folder, cut log.csv to where the checkpoint stands, start the clock; the progress bar."""
         if self.main:
+            (self.out / "curve.png").unlink(missing_ok=True)  # it is drawn last, and says that all is there
             write_lines(self.out / "config.json", [json.dumps(asdict(self.cfg), indent=2)])
             self.keep_rows(self.out / "log.csv", LOG)
         self.logged = (self.step, time.perf_counter())
@@ -572,4 +580,4 @@ class Run:
             if bar.disable:
                 left = (self.max_steps - self.step) / rate
                 progress = f"step {self.step}/{self.max_steps}  loss {loss:.4f}"
-                print(f"{progress}  {rate:.1f} steps/s  {left:.0f} s left", flush=True)
+                say(f"{progress}  {rate:.1f} steps/s  {left:.0f} s left")

@@ -46,8 +46,9 @@ def check_encoder(model_type: str) -> None:
 
 
 def without_pooler(config) -> dict:
-    """What keeps a BERT from having a pooler: it would be a weight that nothing trains."""
-    return dict(add_pooling_layer=False) if config.model_type == "bert" else {}
+    """What keeps a BERT and its like from having a pooler: it would be a weight that nothing trains."""
+    has_one = config.model_type in ("bert", "roberta", "xlm-roberta")
+    return dict(add_pooling_layer=False) if has_one else {}
 
 
 def small_backbones(vocab: int, D: int, depth: int, length: int) -> tuple[BertModel, GPT2LMHeadModel]:

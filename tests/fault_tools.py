@@ -148,7 +148,7 @@ def undisturbed(name: str, *args) -> tuple[Path, float]:
 
 
 def temporaries(out: Path) -> list[str]:
-    return [path.name for path in out.rglob(".*") if path.is_file() and path.name != ".lock"]
+    return [path.name for path in out.rglob(".*") if path.is_file() and path.name not in (".lock", ".holder")]
 
 
 def disturbed(name, args, out, wanted, before=None, meddle=None, check=None, but="") -> str:

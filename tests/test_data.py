@@ -324,7 +324,7 @@ def test_what_is_no_table_is_answered_at_once_with_what_there_is(dataset, wanted
 
 
 def test_only_what_looks_like_a_name_of_the_hub_is_asked_there():
-    with pytest.raises(UserError, match="nobody/nothing could not be had from the hub"):
+    with pytest.raises(UserError, match="nobody/nothing could not be loaded from the hub"):
         load_texts("nobody/nothing")
 
 
@@ -489,3 +489,26 @@ def test_a_word_without_an_end_does_not_stop_the_codec():
     start = time.process_time()
     assert train_codec([text], 2000, 56).vocab == 2000
     assert time.process_time() - start < 4  # 9 s where it is learned whole
+
+
+@pytest.mark.parametrize("text", ["it was <eos> and nice", "a <mask> all day", "<|endoftext|> [SEP] <unk>"])
+def test_what_looks_like_a_control_token_is_text(text):
+    codec = train_codec(["it was a nice day, and all of it", text], 400, 64)
+    assert codec.decode(codec.encode([text])[1]) == [text]
+
+
+def test_labels_that_look_alike_are_one_class(tmp_path):
+    labels = ["1.5", "1.50", "2", "2.", "2.00", "cafe\u0301", "caf\u00e9", "10", "10.0"]
+    rows = "".join(f"text {i},{label}\n" for i, label in enumerate(labels))
+    assert load_texts(write(tmp_path / "a.csv", "text,label\n" + rows)).names == [
+        "2",
+        "10",
+        "1.5",
+        "caf\u00e9",
+    ]
+
+
+def test_a_stray_quote_in_a_tsv_does_not_swallow_the_next_row(tmp_path):
+    path = write(tmp_path / "a.tsv", 'text\tlabel\n"Nice place\t5\nhe said "\t4\nc\t3\nd\t3\n')
+    with pytest.raises(UserError, match="row 1 .line 2. has tabs and lines inside double quotes"):
+        load_texts(path)

@@ -402,7 +402,7 @@ def test_an_alpha_channel_that_hides_nothing_is_no_transparency(tmp_path):
 def test_more_than_8_bits_of_grey_are_refused(name, tmp_path):
     values = np.arange(256, dtype=np.float32 if "float" in name else np.int32 if "int" in name else np.uint16)
     Image.fromarray(values.reshape(16, 16) * 16).save(tmp_path / name)
-    refused(tmp_path, f"{name} has not 8 bits a channel .*mogrify -depth 8")
+    refused(tmp_path, f"{name} .mode .* cannot be read without guessing its range .*mogrify -depth 8")
 
 
 def png(path, depth, colour_type, pixels, transparent=b""):
@@ -416,9 +416,12 @@ def png(path, depth, colour_type, pixels, transparent=b""):
     path.write_bytes(file)
 
 
-def test_colours_of_16_bits_keep_their_upper_8_and_greys_of_2_bits_are_spread(tmp_path):
-    png(tmp_path / "rgb.png", 16, 2, struct.pack(">6H", 65535, 0, 0x8000, 0x0100, 0x00FF, 0x1234))
-    assert read_image(tmp_path / "rgb.png")[0][:, 0].T.tolist() == [[255, 0, 128], [1, 0, 18]]
+def test_colours_of_16_bits_are_refused_too_and_greys_of_2_bits_are_spread(tmp_path):
+    png(
+        tmp_path / "rgb.png", 16, 2, struct.pack(">6H", 3780, 0, 0x0800, 0x0100, 0x00FF, 0x0234)
+    )  # of 12 bits
+    with pytest.raises(UserError, match="rgb.png .mode RGB. cannot be read without guessing its range"):
+        read_image(tmp_path / "rgb.png")
     png(tmp_path / "grey.png", 2, 0, bytes([0b11010000]))
     assert read_image(tmp_path / "grey.png")[0].tolist() == [[[255, 85]]]
 
@@ -427,7 +430,7 @@ def test_a_transparent_colour_that_pillow_does_not_find_is_refused(tmp_path):
     png(tmp_path / "rgb.png", 16, 2, struct.pack(">6H", 9, 9, 9, 0, 0, 0), struct.pack(">3H", 9, 9, 9))
     png(tmp_path / "grey.png", 2, 0, bytes([0b11010000]), struct.pack(">H", 3))
     for name in ("rgb.png", "grey.png"):
-        with pytest.raises(UserError, match=f"{name} has not 8 bits a channel"):
+        with pytest.raises(UserError, match=f"{name} .mode .* cannot be read without guessing"):
             read_image(tmp_path / name, "white")
 
 
@@ -452,7 +455,7 @@ def test_other_modes_keep_their_colours(name, mode, colour, seen, tmp_path):
 
 def test_colours_that_are_not_of_a_screen_are_refused(tmp_path):
     picture(tmp_path / "a.tif", mode="LAB", colour=(50, 10, 10))
-    refused(tmp_path, "a.tif has not 8 bits a channel .mode LAB")
+    refused(tmp_path, "a.tif .mode LAB. cannot be read without guessing")
 
 
 def test_a_grey_image_beside_one_in_colour_is_read_in_colour(tmp_path):
@@ -505,3 +508,11 @@ def test_no_more_than_one_image_is_held_at_its_own_size(tmp_path, monkeypatch):
     assert most <= 1
     assert images.x.untyped_storage().data_ptr() == images.x_test.untyped_storage().data_ptr()  # and once
     assert sorted(levels(images.x) + levels(images.x_test)) == list(range(6))
+
+
+@pytest.mark.parametrize("folders", [("images", "test_images"), ("cats", "cats_test"), ("cat", "val2017")])
+def test_a_folder_that_may_be_a_split_is_refused_also_without_a_train(tmp_path, folders):
+    for folder in folders:
+        (tmp_path / folder).mkdir()
+        Image.new("L", (4, 4)).save(tmp_path / folder / "a.png")
+    refused(tmp_path, "a split .train, test, val. or classes")

@@ -24,6 +24,7 @@ from tasks import (
     load_problems,
     make_problems,
     multiplication,
+    read_problem,
     read_thoughts,
 )
 
@@ -235,12 +236,11 @@ def test_what_is_left_out_of_the_training_problems_is_said(tmp_path):
         ("#### 10:30 ", "10:30"),
         ("#### 5 0 3 2", "5 0 3 2"),
         ("#### 12 apples", "12 apples"),
-        ("#### 43.", "43."),
+        ("#### 43.", "43"),
         ("####\n 82", "82"),
         ("#### 42 The answer is: 42", "42"),
         ("#### 42\nThe answer is: 42", "42"),
-        ("#### 42\r\n\r\nThat is all.", "42"),
-        ("#### 42. the answer is 42.", "42."),
+        ("#### 42. the answer is 42.", "42"),
         ("#### x = 5\u2028", "x = 5"),
     ],
 )
@@ -264,7 +264,10 @@ def test_only_line_ends_part_thoughts():
         ([*GSM[:3], dict(question="How?", answer="I do not know.")], "line 4: no '#### number'"),
         ([dict(question="How?", answer="So. ####")], "line 1: no '#### number'"),
         ([dict(question="How?", answer="#### Step 1\nSo.\n#### 3")], "line 1: no '#### number'"),
-        ([dict(question="How?", answer="#### 42. So he has 42.")], "line 1: '42. So he has 42.' is more"),
+        ([dict(question="How?", answer="#### 42. So he has 42.")], "line 1: '42. So he has 42' is more"),
+        ([dict(question="How?", answer="#### 42\nThat is all.")], "is more than an answer"),
+        ([dict(question="How?", answer="#### x = 2\ny = 3")], "is more than an answer"),
+        ([dict(question="How?", answer="##### 5")], "line 1: no '#### number'"),
         ([dict(question="How?", answer="#### 42 Final answer: 42")], "line 1: '42 Final answer: 42' is more"),
         ([*GSM[:3], dict(question="", answer="#### 3")], "line 4: question is ''"),
         (
@@ -299,7 +302,7 @@ def test_a_row_that_is_no_problem_is_named(rows, wanted, tmp_path):
         ("no.txt", "no file no.txt; without a network use --dataset sums"),
         ("no.jsonl", "no file no.jsonl"),
         (".", "has no split train"),
-        ("gsm8k", "could not be had from the hub"),
+        ("gsm8k", "could not be loaded from the hub"),
     ],
 )
 def test_what_is_not_there_is_named(dataset, wanted, tmp_path, monkeypatch):
@@ -419,3 +422,16 @@ def test_what_the_grammar_does_not_write_is_not_accepted():
         assert grammar_rating(review + " so.") is None
         assert grammar_rating(review[:-1]) is None
     assert grammar_rating("") is None
+
+
+@pytest.mark.parametrize(
+    "line, question",
+    [
+        ("What is the norm?||<<||v||=5>> #### 5", "What is the norm?"),
+        ("Say (use || once)||<<1+1=2>> #### 2", "Say (use || once)"),
+        ("1 2 * 3||6 3 #### 6 3", "1 2 * 3"),
+    ],
+)
+def test_bars_in_a_question_or_an_equation_are_its_own(line, question):
+    read, thoughts = read_problem(dict(text=line), "equations", "line 1")
+    assert read == question and thoughts[-1] == f"####{line.partition('####')[2]}"

@@ -496,7 +496,7 @@ def test_pretrained_parts_are_trained_on_and_the_checkpoint_is_all_that_sampling
     assert status == 0, printed
     status, printed = cli("textgen", *flags, tmp_path / "new")
     assert status == 2
-    assert "could not be had" in printed
+    assert "could not be loaded" in printed
 
 
 def test_texts_of_one_class_have_no_label_score(tmp_path, cli):

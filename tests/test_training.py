@@ -1,5 +1,6 @@
 """training.py: randomness, EMA, checkpoints, resume after kill -9, signals, two processes."""
 
+import contextlib
 import copy
 import csv
 import io
@@ -318,9 +319,13 @@ def test_a_folder_is_one_runs_at_a_time_and_free_after_a_kill(tmp_path):
         toy(Config(str(tmp_path)))
     other.kill()
     other.wait()
-    (tmp_path / ".last.pt.123.tmp").write_bytes(b"half of a checkpoint")
+    theirs = [tmp_path / ".notes.tmp", tmp_path / "other/.last.pt.99.tmp"]
+    ours = [tmp_path / ".last.pt.123.tmp", tmp_path / "samples/.grid.png.123.tmp"]
+    for path in (*theirs, *ours):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"half of a file")
     assert toy(Config(str(tmp_path))).step == 10
-    assert not list(tmp_path.glob(".*.tmp"))
+    assert all(path.exists() for path in theirs) and not any(path.exists() for path in ours)
 
 
 @pytest.mark.parametrize("part", ["weight", "average"])
@@ -409,10 +414,12 @@ def test_a_signal_that_nohup_ignores_stays_ignored(tmp_path):
 
 def test_a_training_in_a_thread_needs_no_signals(tmp_path):
     steps = []
-    thread = threading.Thread(target=lambda: steps.append(toy(Config(str(tmp_path))).step))
-    thread.start()
-    thread.join()
-    assert steps == [10]
+    for more in (10, 12):  # and the folder is free for the next one
+        cfg = Config(str(tmp_path), max_steps=more, resume=more > 10)
+        thread = threading.Thread(target=lambda cfg=cfg: steps.append(toy(cfg).step))
+        thread.start()
+        thread.join()
+    assert steps == [10, 12]
 
 
 def test_samples_are_due_after_a_save_again_after_a_kill_and_disturb_no_draw(tmp_path):
@@ -494,10 +501,29 @@ def test_out_of_memory_is_one_message_that_names_the_setting(capsys, monkeypatch
         assert "error: out of memory" in (said := capsys.readouterr().err) and "lower --batch_size" in said
 
 
+def test_a_run_outlives_its_terminal(tmp_path, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)  # as a tee that Ctrl-C has ended
+    with open(writer, "w") as broken:
+        monkeypatch.setattr(sys, "stdout", broken)
+        assert toy(Config(str(tmp_path))).step == 10
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            broken.close()
+    assert load_checkpoint(tmp_path / "last.pt", "toy")["step"] == 10
+
+
+def test_a_curve_of_an_earlier_end_is_no_sign_of_this_one(tmp_path):
+    toy(Config(str(tmp_path))).curve()
+    toy(Config(str(tmp_path), resume=True, max_steps=12))
+    assert not (tmp_path / "curve.png").exists()
+
+
 def test_other_errors_are_not_taken_for_a_users(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["script.py"])
     with pytest.raises(RuntimeError, match="a bug"):
         training.run_script(Flags, lambda cfg: (_ for _ in ()).throw(RuntimeError("a bug")), "")
+    assert not training.is_out_of_memory(RuntimeError("CUDA error: an illegal memory access"))
 
 
 def test_a_signal_outside_of_a_training_is_one_line(capsys, monkeypatch):

@@ -1,5 +1,7 @@
 """vae.py: what the decoder may see, what a latent is made of, noise, the KL, gradients; and it learns."""
 
+import json
+
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
@@ -207,3 +209,14 @@ def test_pretrained_parts_come_from_folders_and_their_shape_from_configurations(
     assert without_gradient(vae) == []
     with pytest.raises(OSError):
         pretrained_backbones(str(tmp_path / "nothing"), str(tmp_path / "gpt"))
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "xlm-roberta"])
+def test_an_encoder_has_no_weight_that_nothing_trains(model_type):
+    """A pooler would have no gradient, and so no state of the optimizer to go on with."""
+    shape = dict(model_type=model_type, hidden_size=32, num_attention_heads=2, num_hidden_layers=1)
+    gpt = dict(n_embd=32, n_layer=1, n_head=2)
+    encoder, _ = untrained_backbones(json.dumps(shape), json.dumps(gpt))
+    encoder(input_ids=torch.ones(1, 4, dtype=torch.long)).last_hidden_state.sum().backward()
+    without = [name for name, p in encoder.named_parameters() if p.grad is None]
+    assert without == []
