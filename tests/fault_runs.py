@@ -439,7 +439,7 @@ def dead_rank(short: bool):
         yield f"torchrun, {case}, {name}", f"rank {rank}", wrong, out
     for said, more in [
         ("step 7 is not finite", []),
-        ("lr", ["--lr", 7]),
+        ("lr must be", ["--lr", 7]),
         ("what", ["--what", 1]),
         ("nowhere", ["--dataset", "nowhere"]),
         ("batch of 15", ["--batch_size", 15]),
