@@ -331,11 +331,10 @@ def load_texts(dataset: str, text_column=None, label_column=None, condition_colu
     """The texts of `dataset`: tripadvisor, another hub name, or the path of a file or folder.
 
     The columns of texts and labels are guessed from common names unless given; the label_column "none" means
-    none. Without a condition_column there are no conditions. A split "test", or "val" where
-    there is none, is kept as it is; otherwise every
-    tenth text of a seeded shuffle is held out. Raises UserError for an unknown or unreachable data set, a
-    missing column, a single file of fewer than three texts, a text that is missing or broken (with its row),
-    or a label that is missing or has too many values.
+    none. Without a condition_column there are no conditions. A split "test", or "val" where there is none,
+    is kept as it is; otherwise every tenth text of a seeded shuffle is held out. Raises UserError for an
+    unknown or unreachable data set, a missing column, a single file of fewer than three texts, a text that is
+    missing or broken (with its row), or a label that is missing or has too many values.
     """
     known = "choose grammar, tripadvisor, another hub name such as owner/name, or a path; "
     tables, left_out = read_tables(dataset, OFFLINE_TEXT, known)

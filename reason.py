@@ -292,14 +292,14 @@ def note(run: Run, step: int, took: float, scores: dict) -> None:
 
 def load(path, device="auto"):
     """(process, model, facts) of the checkpoint at `path`, with the EMA weights: for use from Python."""
-    saved = load_checkpoint(path, Config.kind)["config"]
-    model, facts, _ = load_model(saved_config(Config, saved, path), path, pick_device(device))
+    model, facts, _ = load_model(None, path, pick_device(device))
     return Masked(model.mask_id), model, facts
 
 
-def load_model(cfg: Config, path, device: torch.device) -> tuple[TokenTransformer, dict, float]:
-    """The EMA weights in a checkpoint, its facts, and its training seconds."""
-    checkpoint = load_checkpoint(path, cfg.kind, Facts)
+def load_model(cfg: Config | None, path, device: torch.device) -> tuple[TokenTransformer, dict, float]:
+    """The EMA weights in a checkpoint, its facts and its training seconds. cfg: None for the saved one."""
+    checkpoint = load_checkpoint(path, Config.kind, Facts)
+    cfg = cfg or saved_config(Config, checkpoint["config"], path)
     with reading(path):
         model = build(cfg, checkpoint["facts"], device)
     load_weights(model, checkpoint["ema"], path)

@@ -470,16 +470,16 @@ def load(path, device="auto") -> Writer:
 
     `load(path).sample(y, c)` are new texts; .process, .model and .vae are its parts.
     """
-    saved = load_checkpoint(path, Config.kind)["config"]
-    return load_writer(saved_config(Config, saved, path), path, pick_device(device))
+    return load_writer(None, path, pick_device(device))
 
 
-def load_writer(cfg: Config, path, device, texts: Texts | None = None) -> Writer:
-    """The writer in a checkpoint of the diffusion.
+def load_writer(cfg: Config | None, path, device, texts: Texts | None = None) -> Writer:
+    """The writer in a checkpoint of the diffusion. cfg: None for the settings that were saved with it.
 
     Raises UserError for a VAE's, for one whose parts do not fit, and for one trained on other texts.
     """
-    checkpoint = load_checkpoint(path, cfg.kind, Facts)
+    checkpoint = load_checkpoint(path, Config.kind, Facts)
+    cfg = cfg or saved_config(Config, checkpoint["config"], path)
     facts, extra = checkpoint["facts"], checkpoint["extra"]
     if facts["stage"] != "diffusion":
         wanted = "give that of the diffusion, out/NAME/diffusion/last.pt"

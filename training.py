@@ -288,8 +288,8 @@ def millions(model: nn.Module) -> str:
 
 def same_settings(cfg, saved: dict, path, way_out: str, free=FREE) -> None:
     """Raise UserError where a field of cfg outside `free` is not as the checkpoint at `path` saved it."""
-    for name, value in asdict(cfg).items():
-        with reading(path):  # where tensors stand in it, nothing can be compared
+    with reading(path):  # where tensors stand in it, nothing can be compared
+        for name, value in asdict(cfg).items():
             if name not in free and value != saved.get(name):
                 raise UserError(f"--{name} {value}, but {path} was trained with {saved.get(name)}: {way_out}")
 
