@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from data import Images
 from files import UserError, check_crc, reason, write_atomic
+from tasks import answer_of
 
 
 class Classifier(nn.Module):
@@ -293,33 +295,38 @@ def text_classifier(x: list[str], y: list[int], x_test: list[str], y_test: list[
     return model.predict, float(model.score(x_test, y_test))
 
 
+def share(values: Iterable[bool]) -> float:
+    """The share of the values that are true; 0 of none."""
+    values = list(values)
+    return sum(values) / max(1, len(values))
+
+
 def agreement(a: list, b: list) -> float:
     """The share of places at which two lists of equal length agree."""
-    return sum(x == y for x, y in zip(a, b, strict=True)) / len(b)
+    return share(x == y for x, y in zip(a, b, strict=True))
 
 
 # -- answers ---------------------------------------------------------------------------------------------
 
 
-def answer_of(chain: list[str]) -> str | None:
-    """What follows "####" in a chain's last thought, without spaces and the commas of thousands, or None."""
-    found = re.fullmatch(r"####(.*)", chain[-1].strip(), re.S) if chain else None
-    bare = "".join(found[1].split()) if found else ""
-    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", bare) or None
+def majority(chains: list[list[str]]) -> list[str] | None:
+    """The first chain with the answer given most often; None where none has one. Self-consistency 2203.11171.
 
-
-def majority(answers: list[str | None]) -> str | None:
-    """The answer given most often, the earliest of equals; None for none. Self-consistency 2203.11171."""
+    Of answers given equally often it is the earliest.
+    """
+    answers = list(map(answer_of, chains))
     given = [answer for answer in answers if answer is not None]
-    return max(given, key=given.count) if given else None
+    return chains[answers.index(max(given, key=given.count))] if given else None
 
 
-def is_right(answer: str | None, question: str, truth: list[str], check=None) -> bool:
-    """Whether an answer passes check(question, answer); without a check, whether it is the true chain's."""
-    if answer is None:
+def is_right(chain: list[str] | None, question: str, truth: list[str], check=None) -> bool:
+    """Whether a chain passes check(question, chain); without a check, whether it has the true answer."""
+    if not chain:
         return False
+    if check is None:
+        return answer_of(chain) is not None and answer_of(chain) == answer_of(truth)
     try:
-        return check(question, answer) if check else answer == answer_of(truth)
+        return check(question, chain)
     except ValueError:  # the check cannot read it
         return False
 
@@ -335,15 +342,10 @@ def score_chains(chains: list[list[str]], questions: list[str], truth: list[list
     Thoughts are compared without spaces; one that is missing is wrong. check: as in `is_right`.
     """
     bare, true = without_spaces(chains), without_spaces(truth)
-    answers = list(map(answer_of, chains))
-    right = [is_right(*row, check) for row in zip(answers, questions, truth, strict=True)]
+    right = [is_right(*row, check) for row in zip(chains, questions, truth, strict=True)]
     thoughts = []
     for i in range(max(map(len, true))):
         have = [a[i : i + 1] == b[i : i + 1] for a, b in zip(bare, true, strict=True) if i < len(b)]
-        thoughts.append(sum(have) / len(have))
-    return dict(
-        answer=sum(right) / len(chains),
-        chain=agreement(bare, true),
-        unended=answers.count(None) / len(chains),
-        thoughts=thoughts,
-    )
+        thoughts.append(share(have))
+    unended = share(answer_of(chain) is None for chain in chains)
+    return dict(answer=share(right), chain=agreement(bare, true), unended=unended, thoughts=thoughts)

@@ -1,10 +1,12 @@
 """Problems whose answers can be checked, made here or read from files; a grammar of reviews with a rating.
 
-A problem is a question and its thoughts, of which the last is "#### answer". A task is a function that
-makes one and a function that checks an answer; a new task is one more entry of TASKS.
+A problem is a question and its thoughts, of which the last is "#### answer"; or a puzzle, whose question is
+its answer with "." for what is to be found. A task is a function that makes a problem and one that checks an
+answer; a new task, or a new puzzle, is one more entry of TASKS.
 """
 
 import hashlib
+import itertools
 import random
 import re
 import zlib
@@ -12,15 +14,19 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from data import Split, Texts, hold_out_texts, text_of
 from files import UserError
+from puzzles import cell_axes, check_sudoku, make_sudoku, sudoku_symmetry
 from tables import KINDS, lines_of, read_tables
 
-OFFLINE = f"without a network use --dataset sums, adds or mult, or --dataset PATH ({KINDS})"
+OFFLINE = (
+    f"without a network use --dataset mult, adds, sums, countdown or sudoku, or --dataset PATH ({KINDS})"
+)
 LONGEST_QUESTION, MOST_THOUGHTS = 1000, 16  # of a file: memory grows with the square of their length
 
 
@@ -64,46 +70,168 @@ def addition(numbers: list[int], digits: int) -> tuple[str, list[str]]:
     return " + ".join(spaced(n, digits) for n in numbers), [*totals[:-1], f"#### {totals[-1]}"]
 
 
+class Size(NamedTuple):
+    """How large the problems of a task are: each task reads what it knows."""
+
+    digits: tuple[int, int] = (3, 2)  # mult: of the two factors; adds: the first is that of each number
+    terms: int = 4  # sums, adds: numbers to add; countdown: numbers to reach the target with
+    side: int = 9  # sudoku: of the grid
+
+
+USUAL = Size()
+
+
 def draw(rng: random.Random, digits: int) -> int:
     return rng.randrange(10 ** (digits - 1), 10**digits)
 
 
-def make_sums(rng: random.Random, digits: tuple[int, int], terms: int) -> tuple[str, list[str]]:
-    return addition([rng.randrange(10) for _ in range(terms)], 1)
+def make_sums(rng: random.Random, size: Size) -> tuple[str, list[str]]:
+    return addition([rng.randrange(10) for _ in range(size.terms)], 1)
 
 
-def make_adds(rng: random.Random, digits: tuple[int, int], terms: int) -> tuple[str, list[str]]:
-    return addition([draw(rng, digits[0]) for _ in range(terms)], digits[0])
+def make_adds(rng: random.Random, size: Size) -> tuple[str, list[str]]:
+    return addition([draw(rng, size.digits[0]) for _ in range(size.terms)], size.digits[0])
 
 
-def make_mult(rng: random.Random, digits: tuple[int, int], terms: int) -> tuple[str, list[str]]:
-    return multiplication(draw(rng, digits[0]), draw(rng, digits[1]), digits)
+def make_mult(rng: random.Random, size: Size) -> tuple[str, list[str]]:
+    return multiplication(draw(rng, size.digits[0]), draw(rng, size.digits[1]), size.digits)
 
 
-def check_sum(question: str, answer: str) -> bool:
-    return number(answer) == sum(map(number, question.split("+")))
+def answer_of(chain: list[str]) -> str | None:
+    """What follows "####" in a chain's last thought, without spaces and the commas of thousands, or None."""
+    found = re.fullmatch(r"####(.*)", chain[-1].strip(), re.S) if chain else None
+    bare = "".join(found[1].split()) if found else ""
+    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", bare) or None
 
 
-def check_product(question: str, answer: str) -> bool:
+def check_sum(question: str, chain: list[str]) -> bool:
+    return number(answer_of(chain) or "") == sum(map(number, question.split("+")))
+
+
+def check_product(question: str, chain: list[str]) -> bool:
     a, b = map(number, question.split("*"))
-    return number(answer) == a * b
+    return number(answer_of(chain) or "") == a * b
+
+
+# -- countdown ---------------------------------------------------------------------------------------------
+# Each step takes two of the numbers that are left and puts the result in their place; the last result is the
+# target. Numbers are in 1..99, the target in 10..99, and results that go on are below 1,000.
+
+OPERATIONS = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}
+COUNTDOWN_WIDTH = 3  # digits of a number in a step
+
+
+def make_countdown(rng: random.Random, size: Size) -> tuple[str, list[str]]:
+    """Numbers and a target, "1 4 , 5 2 , 7 0 = 0 6", and the steps of the first way to reach it.
+
+    Random steps find the target; which of the ways is first is not random, so that it can be learned.
+    """
+    target = 0
+    while not 10 <= target <= 99:
+        numbers = [rng.randrange(1, 100) for _ in range(size.terms)]
+        left = list(numbers)
+        while len(left) > 1 and (steps := countdown_steps(left)):
+            left = rng.choice(steps)[1]
+        target = left[0] if len(left) == 1 else 0
+    thoughts = []
+    for a, sign, b, result in first_way(numbers, target):
+        texts = [spaced(n, COUNTDOWN_WIDTH) for n in (a, b, result)]
+        thoughts.append(f"{texts[0]} {sign} {texts[1]} = {texts[2]}")
+    thoughts[-1] = f"#### {thoughts[-1]}"
+    return f"{' , '.join(spaced(n, 2) for n in numbers)} = {spaced(target, 2)}", thoughts
+
+
+def countdown_steps(left: list[int]) -> list[tuple[tuple, list[int]]]:
+    """Every step, (a, sign, b, result) with the larger number first, and the numbers that it leaves."""
+    steps = []
+    for i, j in itertools.combinations(range(len(left)), 2):
+        a, b = max(left[i], left[j]), min(left[i], left[j])
+        rest = left[:i] + left[i + 1 : j] + left[j + 1 :]
+        for sign, operation in OPERATIONS.items():
+            if sign == "/" and (b == 0 or a % b):
+                continue
+            result = operation(a, b)
+            if result < 10**COUNTDOWN_WIDTH:
+                steps.append(((a, sign, b, result), [result, *rest]))
+    return steps
+
+
+def first_way(left: list[int], target: int) -> list[tuple] | None:
+    """The first steps that reach the target, of those in the order of `countdown_steps`; None for none."""
+    if len(left) == 1:
+        return [] if left[0] == target else None
+    for step, rest in countdown_steps(left):
+        way = first_way(rest, target)
+        if way is not None:
+            return [step, *way]
+    return None
+
+
+def check_countdown(question: str, chain: list[str]) -> bool:
+    """Whether the steps are true, use each number and each result once, and end at the target."""
+    numbers, _, target = question.partition("=")
+    left, result = Counter(map(number, numbers.split(","))), None
+    if answer_of(chain) is None:
+        return False
+    for thought in chain:
+        a, b, result = read_step(thought.strip().removeprefix("####"))
+        left.subtract([a, b])
+        if min(left.values()) < 0:
+            return False
+        left[result] += 1
+    return result == number(target) and left.total() == 1
+
+
+def read_step(text: str) -> tuple[int, int, int]:
+    """The two numbers of a step "a + b = c" and its result. Raises ValueError where it is not a true one."""
+    found = re.fullmatch(r"([\d\s]+)([-+*/])([\d\s]+)=([\d\s]+)", text)
+    if not found:
+        raise ValueError(f"not a step: {text!r}")
+    a, b, result = (number(found[i]) for i in (1, 3, 4))
+    if found[2] == "/" and (b == 0 or a % b) or OPERATIONS[found[2]](a, b) != result:
+        raise ValueError(f"not true: {text!r}")
+    return a, b, result
+
+
+# -- the table of tasks ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Task:
-    """make(rng, digits, terms) gives a question and its thoughts; check(question, answer) is True if right.
+    """make(rng, size) gives a question and its thoughts; check(question, thoughts) is True if they are right.
 
-    check may raise ValueError for an answer that it cannot read: that is a wrong one.
+    check may raise ValueError for an answer that it cannot read: that is a wrong one. A puzzle has two more.
+    axes(size): where each cell stands, a number for each axis. symmetry(B, size, device): for each of B
+    grids the cell that comes to each place, and what each token becomes; training sees all of them.
+    held_out: one in so many questions is a test question; test_n: at most so many of them.
     """
 
     make: Callable
     check: Callable
+    axes: Callable | None = None
+    symmetry: Callable | None = None
+    held_out: int = 10
+    test_n: int = 2000
+
+
+def make_sudoku_problem(rng: random.Random, size: Size) -> tuple[str, list[str]]:
+    puzzle, grid = make_sudoku(rng, size.side)
+    return puzzle, [grid]
 
 
 TASKS = {
     "sums": Task(make_sums, check_sum),
     "adds": Task(make_adds, check_sum),
     "mult": Task(make_mult, check_product),
+    "countdown": Task(make_countdown, check_countdown),
+    "sudoku": Task(
+        make=make_sudoku_problem,
+        check=lambda puzzle, chain: check_sudoku(puzzle, "".join(chain[-1].split())),
+        axes=lambda size: cell_axes(size.side),
+        symmetry=lambda B, size, device: sudoku_symmetry(B, size.side, device),
+        held_out=3,  # they take a while to make
+        test_n=750,
+    ),
 }
 
 
@@ -114,42 +242,52 @@ TASKS = {
 class Problems:
     """Questions and thoughts of the training and the test split; a question is only in one of them.
 
-    check: that of their task; None where the right answer is the one in the file. note: what was left out.
+    task: None where the right answer is the one in the file. note: what was left out.
     """
 
     question: list[str]
     thoughts: list[list[str]]
     question_test: list[str]
     thoughts_test: list[list[str]]
-    check: Callable | None = None
+    task: Task | None = None
     note: str = ""
+
+    @property
+    def is_puzzle(self) -> bool:
+        return self.task is not None and self.task.axes is not None
+
+    @property
+    def check(self) -> Callable | None:
+        """That of the task; None where the right answer is the one in the file."""
+        return self.task and self.task.check
 
     def checksum(self) -> str:
         texts = [*self.question, *map(" ".join, self.thoughts)]
         return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
 
 
-def is_test_problem(question: str) -> bool:
-    """Whether a question is of the test split: one in ten, by its checksum, whatever the training set."""
-    return zlib.crc32(question.encode()) % 10 == 0
+def is_test_problem(question: str, held_out: int = 10) -> bool:
+    """Whether a question is of the test split: one in so many, by its checksum, whatever the training set."""
+    return zlib.crc32(question.encode()) % held_out == 0
 
 
-def make_problems(task: str, digits: tuple[int, int], terms: int, n: int, n_test=2000) -> Problems:
-    """n different training and n_test test problems of TASKS[task], or as many as there are."""
+def make_problems(name: str, size: Size, n: int) -> Problems:
+    """n different training and the test problems of TASKS[name], or as many as there are."""
     rng, seen, train, test, in_vain = random.Random(0), set(), [], [], 0
+    task = TASKS[name]
     # A task with few problems ends when four draws for each that is known have brought no other.
-    while (len(train) < n or len(test) < n_test) and in_vain < 4 * len(seen) + 100:
-        question, thoughts = TASKS[task].make(rng, digits, terms)
+    while (len(train) < n or len(test) < task.test_n) and in_vain < 4 * len(seen) + 100:
+        question, thoughts = task.make(rng, size)
         in_vain = in_vain + 1 if question in seen else 0
-        split, most = (test, n_test) if is_test_problem(question) else (train, n)
+        split, most = (test, task.test_n) if is_test_problem(question, task.held_out) else (train, n)
         if not in_vain and len(split) < most:
             split.append((question, thoughts))
         seen.add(question)
-    return both_splits(train, test, task, TASKS[task].check)
+    return both_splits(train, test, name, task)
 
 
-def load_problems(dataset: str, digits=(3, 2), terms=4, n=50_000, form="equations") -> Problems:
-    """The problems of `dataset`: a task (digits, terms), gsm8k (hub), or the path of a file or folder.
+def load_problems(dataset: str, size=USUAL, n=50_000, form="equations") -> Problems:
+    """The problems of `dataset`: a task (of this size), gsm8k (hub), or the path of a file or folder.
 
     A table has the columns question and answer, a txt lines question||thoughts #### answer.
 
@@ -159,7 +297,7 @@ def load_problems(dataset: str, digits=(3, 2), terms=4, n=50_000, form="equation
     problem, or an empty split.
     """
     if dataset in TASKS:
-        return make_problems(dataset, digits, terms, n)
+        return make_problems(dataset, size, n)
     (tables, left_out), where, splits = read_tables(dataset, OFFLINE), Path(dataset).name or dataset, {}
     for name, table in tables.items():
         splits[name] = [read_problem(row, form, place) for place, row in table]
@@ -180,12 +318,12 @@ def load_problems(dataset: str, digits=(3, 2), terms=4, n=50_000, form="equation
     return problems
 
 
-def both_splits(train: list[tuple], test: list[tuple], where: str, check=None) -> Problems:
+def both_splits(train: list[tuple], test: list[tuple], where: str, task: Task | None = None) -> Problems:
     """The problems of two lists of (question, thoughts). Raises UserError where one is empty."""
     if not train or not test:
         got = f"{len(train)} training and {len(test)} test problems"
         raise UserError(f"{where} has {got}: both must be at least 1; give more rows, or larger numbers")
-    return Problems(*map(list, zip(*train, strict=True)), *map(list, zip(*test, strict=True)), check)
+    return Problems(*map(list, zip(*train, strict=True)), *map(list, zip(*test, strict=True)), task)
 
 
 def read_problem(row: dict, form: str, where: str) -> tuple[str, list[str]]:

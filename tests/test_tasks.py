@@ -1,6 +1,8 @@
 """tasks.py: problems and checks, files, characters as tokens, answers and their scores, the grammar."""
 
+import itertools
 import json
+import operator
 import random
 import re
 
@@ -16,6 +18,8 @@ from tasks import (
     END,
     SUBJECTS,
     TASKS,
+    Size,
+    Task,
     Tokens,
     addition,
     grammar_rating,
@@ -54,7 +58,7 @@ def test_multiplications_are_those_of_the_papers_files(n):
     for line in path.read_text().splitlines():
         question, thoughts = multiplication(*numbers_in(line.split("||")[0]), (n, n))
         assert f"{question}||{' '.join(thoughts)}" == line
-        assert TASKS["mult"].check(question, line.split("####")[1])
+        assert TASKS["mult"].check(question, thoughts)
 
 
 @pytest.mark.parametrize(
@@ -63,80 +67,281 @@ def test_multiplications_are_those_of_the_papers_files(n):
 def test_a_check_accepts_what_python_computes_and_nothing_near(task, digits):
     rng, check = random.Random(1), TASKS[task].check
     for _ in range(200):
-        question, thoughts = TASKS[task].make(rng, digits, 4)
-        numbers, answer = numbers_in(question), thoughts[-1].removeprefix("####")
+        question, thoughts = TASKS[task].make(rng, Size(digits, terms=4))
+        numbers, answer = numbers_in(question), thoughts[-1]
         assert [len(str(n)) for n in numbers] == (
             [digits[0], digits[1]] if task == "mult" else [digits[0]] * 4
         )
         true = numbers[0] * numbers[1] if task == "mult" else sum(numbers)
         assert numbers_in(answer) == [true]
-        assert check(question, answer)
-        assert check(question, answer.replace(" ", ""))
+        assert check(question, thoughts)
+        assert check(question, [answer.replace(" ", "")])
         for wrong in (true + 1, true - 1, true + 10, true * 10):
-            assert not check(question, str(wrong)[::-1])
+            assert not check(question, [f"#### {str(wrong)[::-1]}"])
 
 
 def test_the_thoughts_of_a_sum_are_its_running_totals():
-    question, thoughts = TASKS["adds"].make(random.Random(0), (3, 1), 5)
+    question, thoughts = TASKS["adds"].make(random.Random(0), Size((3, 1), terms=5))
     numbers = numbers_in(question)
     assert [numbers_in(t)[0] for t in thoughts] == [sum(numbers[:i]) for i in range(2, 6)]
 
 
 @pytest.mark.parametrize("answer", ["", "+", "1 2 +", "1 2 -", "abc", "-5"])
 def test_a_check_cannot_read_what_is_no_number(answer):
-    with pytest.raises(ValueError):
-        TASKS["mult"].check("1 2 * 3 4", answer)
+    for chain in ([f"#### {answer}"], ["#### 3", answer], [answer]):
+        with pytest.raises(ValueError):
+            TASKS["mult"].check("1 2 * 3 4", chain)
+        assert not metrics.is_right(chain, "1 2 * 3 4", ["#### 8 0 4"], TASKS["mult"].check)
+
+
+# -- countdown -------------------------------------------------------------------------------------------
+
+PYTHON = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+
+
+def step(a, sign, b, result):
+    return " ".join([*f"{a}"[::-1], sign, *f"{b}"[::-1], "=", *f"{result}"[::-1]])
+
+
+def replayed(question, chain):
+    """Whether steps, all of the form a + b = c, lead to the target, as one plays it by hand."""
+    *left, target = numbers_in(question)
+    for thought in chain:
+        a, b, result = (int(n[::-1]) for n in re.findall(r"\d+", "".join(thought.split())))
+        for n in (a, b):
+            if n not in left:
+                return False
+            left.remove(n)
+        sign = re.search(r"[-+*/]", thought)[0]
+        if (sign == "/" and b == 0) or PYTHON[sign](a, b) != result:
+            return False
+        left.append(result)
+    return left == [target]
+
+
+def all_ways(numbers):
+    """Every chain of whole, non-negative steps that uses the numbers, and what it comes to."""
+    if len(numbers) == 1:
+        yield [], numbers[0]
+    for i, j in itertools.permutations(range(len(numbers)), 2):
+        a, b = numbers[i], numbers[j]
+        rest = [n for place, n in enumerate(numbers) if place not in (i, j)]
+        for sign, of in PYTHON.items():
+            result = of(a, b) if sign != "/" or b else -1
+            if result >= 0 and result == int(result):
+                for steps, end in all_ways([*rest, int(result)]):
+                    yield [step(a, sign, b, int(result)), *steps], end
+
+
+@pytest.mark.parametrize("terms", [2, 3, 4, 6])
+def test_a_made_countdown_uses_its_numbers_and_passes_its_check(terms):
+    rng, signs = random.Random(terms), set()
+    for _ in range(200):
+        question, chain = TASKS["countdown"].make(rng, Size(terms=terms))
+        *numbers, target = numbers_in(question)
+        assert len(numbers) == terms
+        assert all(1 <= n <= 99 for n in numbers)
+        assert 10 <= target <= 99
+        assert len(chain) == terms - 1
+        assert [thought.startswith("####") for thought in chain] == [False] * (terms - 2) + [True]
+        assert replayed(question, chain)
+        assert TASKS["countdown"].check(question, chain)
+        assert TASKS["countdown"].check(question, ["".join(thought.split()) for thought in chain])
+        assert {len(thought.removeprefix("#### ")) for thought in chain} == {21}
+        signs |= set(re.findall(r"[-+*/]", " ".join(chain)))
+    assert signs == set("+-*/")
+
+
+def test_every_way_to_the_target_passes_and_no_other_way():
+    rng, check, right = random.Random(0), TASKS["countdown"].check, 0
+    for numbers in [[8, 2, 4], [1, 1, 10], *([rng.randrange(1, 13) for _ in range(3)] for _ in range(10))]:
+        ways = [([*steps[:-1], "#### " + steps[-1]], end) for steps, end in all_ways(numbers)]
+        target = rng.choice([end for _, end in ways])
+        question = f"{' , '.join(str(n)[::-1] for n in numbers)} = {str(target)[::-1]}"
+        for chain, end in ways:
+            assert check(question, chain) == (end == target), (question, chain)
+            right += end == target
+    assert right > 12
+
+
+@pytest.mark.parametrize(
+    "fault, chain",
+    [
+        ("one number is not used", ["#### 5 * 2 = 0 1"]),
+        ("one number is used twice", ["5 * 2 = 0 1", "0 1 * 2 = 0 2", "#### 0 2 + 3 = 3 2"]),
+        ("one number is not given", ["5 * 2 = 0 1", "#### 0 1 + 4 = 4 1"]),
+        ("the last number is not given, though it comes out", ["3 - 2 = 1", "#### 3 1 * 1 = 3 1"]),
+        ("a result is used twice", ["5 * 2 = 0 1", "0 1 + 3 = 3 1", "#### 3 1 * 3 1 = 9 6 1"]),
+        ("a result is not used", ["3 * 2 = 6", "#### 5 + 8 = 3 1"]),
+        ("it comes to another number", ["5 * 2 = 0 1", "#### 0 1 - 3 = 7"]),
+        ("the target is not the last result", ["5 * 2 = 0 1", "0 1 + 3 = 3 1", "#### 3 1 + 0 = 3 1"]),
+        ("a step is not true", ["5 * 2 = 0 1", "#### 0 1 - 3 = 3 1"]),
+        ("it divides by zero", ["5 / 0 = 0", "#### 0 + 3 = 3 1"]),
+        ("a number is negative", ["2 - 5 = -3", "#### 3 - -3 = 6"]),
+        ("no answer is marked", ["5 * 2 = 0 1", "0 1 + 3 = 3 1"]),
+        ("an earlier thought is marked", ["#### 5 * 2 = 0 1", "0 1 + 3 = 3 1"]),
+        ("a mark is inside a step", ["5 * #### 2 = 0 1", "#### 0 1 + 3 = 3 1"]),
+        ("the answer is only a number", ["5 * 2 = 0 1", "0 1 + 3 = 3 1", "#### 3 1"]),
+        ("a step has three numbers", ["#### 5 * 2 + 3 = 3 1"]),
+        ("a thought has two steps", ["5 * 2 = 0 1 + 3 = 3 1", "####"]),
+        ("it is turned round", ["0 1 = 5 * 2", "#### 3 1 = 0 1 + 3"]),
+        ("a thought is empty", ["5 * 2 = 0 1", "", "#### 0 1 + 3 = 3 1"]),
+        ("there is nothing", []),
+    ],
+)
+def test_a_countdown_is_wrong_where(fault, chain):
+    right, check = ["5 * 2 = 0 1", "#### 0 1 + 3 = 3 1"], TASKS["countdown"].check
+    assert metrics.is_right(right, "5 , 2 , 3 = 3 1", right, check)
+    assert not metrics.is_right(chain, "5 , 2 , 3 = 3 1", right, check), fault
+
+
+@pytest.mark.parametrize(
+    "question, chain",
+    [
+        ("3 , 1 = 5", ["#### 5 * 1 = 5"]),
+        ("0 1 , 1 = 0 5", ["#### 0 5 / 1 = 0 5"]),
+        ("5 , 5 , 0 1 = 0 1", ["5 - 5 = 0", "#### 0 1 - 0 = 5"]),
+        ("5 , 7 , 7 = 0 2", ["7 - 7 = 0", "#### 0 2 + 0 = 0 2"]),
+        ("5 , 8 , 3 = 3 1", ["#### 5 + 8 = 3 1"]),
+        ("7 , 2 , 4 = 2 1", ["7 / 2 = 3", "#### 3 * 4 = 2 1"]),
+    ],
+)
+def test_to_reach_the_target_is_not_enough(question, chain):
+    """A step takes what it makes, a number is left over, or a division has a remainder."""
+    assert not metrics.is_right(chain, question, chain, TASKS["countdown"].check)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "\0",
+        "\ud800",
+        "1+1",
+        "=",
+        "1 + 1 = = 2",
+        "1 + 1 2 = ",
+        "__import__('os')",
+        "1 0 0 ** 2 0 0 = 1 0 0",
+        "True + True = 2",
+        "1.0 + 1 = 2",
+        "'1' + '' = '1'",
+        "1j + 1 = 2",
+        "0x1 + 1 = 2",
+        "1_ + 1 = 2",
+        "1e0 + 1 = 2",
+        "(1) + 1 = 2",
+        "1 + 1 = 2 # so",
+        "1 + 1 != 2",
+        "1 + 1 = 2 and 3",
+        "\u00b9 + 1 = 2",
+        "9" * 5000 + " * 1 = " + "9" * 5000,
+        "(" * 100_000 + "1 + 1 = 2",
+        "-" * 100_000 + "1 + 1 = 2",
+        "1 + " * 100_000 + "1 = 2",
+        "1 " * 100_000,
+        "[" * 1000 + "]" * 1000,
+    ],
+    ids=ascii,
+)
+def test_what_is_no_step_is_wrong_and_nothing_worse(text):
+    for chain in ([text], [f"#### {text}"], [text, "#### 1 + 1 = 2"]):
+        assert metrics.is_right(chain, "1 , 1 = 2", ["#### 1 + 1 = 2"], TASKS["countdown"].check) is False
+
+
+def test_a_countdown_that_is_changed_anywhere_passes_only_if_it_is_still_right():
+    rng, check, passed = random.Random(0), TASKS["countdown"].check, 0
+    for _ in range(3000):
+        question, true = TASKS["countdown"].make(rng, Size(terms=3))
+        chain = list(true)
+        for _ in range(rng.randrange(1, 3)):
+            place = rng.randrange(len(chain))
+            text, i = chain[place], rng.randrange(len(chain[place]))
+            changed = rng.choice("0123456789 +-*/=#,.(_x\0")
+            chain[place] = text[:i] + changed * rng.randrange(3) + text[i + rng.randrange(2) :]
+        if rng.random() < 0.1:
+            chain.reverse()
+        if metrics.is_right(chain, question, true, check):
+            passed += 1
+            assert replayed(question, chain), (question, chain)
+    assert 0 < passed < 1500
 
 
 # -- splits ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "task, digits, terms, space",
+    "name, size, space",
     [
-        ("sums", (1, 1), 3, 1000),
-        ("adds", (1, 1), 3, 729),
-        ("mult", (2, 1), 3, 810),
-        ("mult", (4, 4), 3, 81e6),
+        ("sums", Size(terms=3), 1000),
+        ("adds", Size((1, 1), terms=3), 729),
+        ("mult", Size((2, 1)), 810),
+        ("mult", Size((4, 4)), 81e6),
+        ("countdown", Size(terms=3), 99**3),
+        ("sudoku", Size(side=4), 1e5),
     ],
 )
-def test_splits_are_disjoint_and_hold_no_question_twice(task, digits, terms, space):
-    problems = make_problems(task, digits, terms, 300)
+def test_splits_are_disjoint_and_hold_no_question_twice(name, size, space):
+    problems, task = make_problems(name, size, 300), TASKS[name]
+    assert (problems.task, problems.check, problems.is_puzzle) == (task, task.check, name == "sudoku")
     train, test = set(problems.question), set(problems.question_test)
     assert len(train) == len(problems.question) == len(problems.thoughts) == 300
     assert len(test) == len(problems.question_test) == len(problems.thoughts_test)
     assert not train & test
-    assert len(test) == 2000 or abs(len(test) - space / 10) < 30
+    assert len(test) == task.test_n or abs(len(test) - space / task.held_out) < 30
+    assert all(map(problems.check, problems.question, problems.thoughts))
+    assert all(map(problems.check, problems.question_test, problems.thoughts_test))
 
 
 def test_problems_repeat_and_more_of_them_never_hold_a_test_question():
-    problems = make_problems("mult", (3, 2), 2, 300)
-    assert problems == make_problems("mult", (3, 2), 2, 300)
-    assert problems.checksum() != make_problems("mult", (3, 2), 2, 301).checksum()
-    assert not set(make_problems("mult", (3, 2), 2, 2000).question) & set(problems.question_test)
+    problems = make_problems("mult", Size(), 300)
+    assert problems == make_problems("mult", Size(), 300)
+    assert problems.checksum() != make_problems("mult", Size(), 301).checksum()
+    assert not set(make_problems("mult", Size(), 2000).question) & set(problems.question_test)
     assert all(map(is_test_problem, problems.question_test))
 
 
-def test_a_tenth_of_all_questions_is_held_out():
-    held_out = [is_test_problem(f"{i} + {j}") for i in range(200) for j in range(100)]
-    assert sum(held_out) / len(held_out) == pytest.approx(0.1, abs=0.005)
+def test_a_tenth_of_all_questions_is_held_out_or_as_many_as_the_task_says():
+    questions = [f"{i} + {j}" for i, j in itertools.product(range(200), range(100))]
+    assert metrics.share(map(is_test_problem, questions)) == pytest.approx(1 / 10, abs=0.005)
+    assert metrics.share(is_test_problem(q, 3) for q in questions) == pytest.approx(1 / 3, abs=0.01)
 
 
 def test_a_task_with_few_problems_gives_all_of_them():
-    problems = make_problems("sums", (1, 1), 2, 50_000)
+    problems = make_problems("sums", Size(terms=2), 50_000)
     assert len(problems.question) + len(problems.question_test) == 100
 
 
 def test_a_task_of_ones_own_is_one_entry(monkeypatch):
-    def make(rng, digits, terms):
-        word = "".join(rng.choice("ab") for _ in range(terms))
+    def make(rng, size):
+        word = "".join(rng.choice("ab") for _ in range(size.terms))
         return word, [f"#### {word[::-1]}"]
 
-    monkeypatch.setitem(
-        TASKS, "turn", type(TASKS["sums"])(make, lambda question, answer: answer == question[::-1])
-    )
-    problems = load_problems("turn", terms=6, n=20)
-    assert problems.check(problems.question_test[0], problems.thoughts_test[0][0].removeprefix("#### "))
+    def check(question, chain):
+        return chain == [f"#### {question[::-1]}"]
+
+    monkeypatch.setitem(TASKS, "turn", Task(make, check, held_out=2, test_n=15))
+    problems = load_problems("turn", Size(terms=6), n=20)
+    assert (len(problems.question), len(problems.question_test)) == (20, 15)
+    assert problems.check(problems.question_test[0], problems.thoughts_test[0])
+    assert not problems.is_puzzle
+
+
+def test_of_a_file_only_the_answer_counts_and_it_is_no_puzzle(tmp_path):
+    problems = load_problems(str(write_jsonl(tmp_path / "gsm.jsonl")))
+    assert (problems.task, problems.check, problems.is_puzzle) == (None, None, False)
+
+
+@pytest.mark.parametrize("side", [4, 6, 9])
+def test_a_puzzle_has_a_place_for_each_cell_and_symmetries(side):
+    size, task = Size(side=side), TASKS["sudoku"]
+    question, (grid,) = task.make(random.Random(0), size)
+    assert len(question) == len(grid) == len(task.axes(size)) == side**2
+    cells, tokens = task.symmetry(5, size, "cpu")
+    assert (cells.shape, tokens.shape) == ((5, side**2), (5, side + 1))
+    assert metrics.is_right([grid], question, [grid], task.check)
+    for chain in ([question], [grid[::-1]], [""], [], None, ["\ud800" * side**2]):
+        assert not metrics.is_right(chain, question, [grid], task.check)
 
 
 # -- files -----------------------------------------------------------------------------------------------
@@ -298,8 +503,8 @@ def test_a_row_that_is_no_problem_is_named(rows, wanted, tmp_path):
 @pytest.mark.parametrize(
     "dataset, wanted",
     [
-        ("sudoku", "no data set 'sudoku'; without a network use --dataset sums"),
-        ("no.txt", "no file no.txt; without a network use --dataset sums"),
+        ("sodoku", "no data set 'sodoku'; without a network use --dataset mult"),
+        ("no.txt", "no file no.txt; without a network use --dataset mult"),
         ("no.jsonl", "no file no.jsonl"),
         (".", "has no split train"),
         ("gsm8k", "could not be loaded from the hub"),
@@ -372,10 +577,23 @@ def test_answers_are_read_or_missing(chain, answer):
 
 @pytest.mark.parametrize(
     "answers, elected",
-    [(["3", "4", "4", None, None, None], "4"), (["3", "4"], "3"), ([None, None], None), ([], None)],
+    [("3 4 4 - - -", 1), ("3 4", 0), ("- 3 4", 1), ("3 4 5 5 4", 1), ("- -", None), ("", None)],
 )
-def test_the_most_frequent_answer_is_elected(answers, elected):
-    assert metrics.majority(answers) == elected
+def test_the_first_chain_with_the_most_frequent_answer_is_elected(answers, elected):
+    chains = [[f"way {i}", f"#### {answer.strip('-')}"] for i, answer in enumerate(answers.split())]
+    assert metrics.majority(chains) == (None if elected is None else chains[elected])
+
+
+def test_answers_are_the_same_with_other_spaces_and_no_chain_is_never_right():
+    chains = [["#### 1"], ["a", "#### 1 2"], ["b", "#### 12"], [], ["12"]]
+    assert metrics.majority(chains) == ["a", "#### 1 2"]
+    for chain, check in itertools.product([None, []], [None, *(task.check for task in TASKS.values())]):
+        assert not metrics.is_right(chain, "1 + 2", ["#### 3"], check)
+
+
+def test_a_share_is_of_any_iterable_and_of_nothing_it_is_0():
+    assert metrics.share([]) == 0
+    assert metrics.share(iter([True, False, False, True])) == 0.5
 
 
 def test_scores_count_what_is_missing_or_malformed_as_wrong():
