@@ -18,9 +18,12 @@ from diffusion import Body, StepEmbedding, unmask
 
 
 class Layout:
-    """Where a question and its blocks stand. widths: positions of the question (or 0), then of each block."""
+    """Where a question and its blocks stand. widths: positions of the question (or 0), then of each block.
 
-    def __init__(self, widths: list[int]):
+    axes: for each of the q + k positions more numbers that say where it stands (a cell's row, column, box).
+    """
+
+    def __init__(self, widths: list[int], axes: list[list[int]] | None = None):
         self.q, self.widths = widths[0], list(widths[1:])
         block = torch.repeat_interleave(torch.arange(len(self.widths)), torch.tensor(self.widths))
         self.owner = torch.cat([torch.full((self.q,), -1), block])  # (q + k,): -1 -1 0 0 0 1 1 ...
@@ -28,6 +31,12 @@ class Layout:
         # In training c positions are clean: the question and all blocks but the last, which no other reads.
         self.c = self.q + self.k - self.widths[-1]
         self.place = torch.cat([torch.arange(self.c), self.q + torch.arange(self.k)])  # (L,)
+        more = torch.tensor(axes or [[]] * (self.q + self.k), dtype=torch.long)
+        axes = torch.cat([torch.arange(self.q + self.k)[:, None], more], dim=1)
+        sizes = axes.amax(0) + 1
+        self.places = int(sizes.sum())  # on all axes, one after the other
+        self.axes = axes + sizes.cumsum(0) - sizes  # (q + k, A)
+        self.share = (axes[:, None] == axes)[..., 1:].movedim(-1, 0)  # (A - 1, q + k, q + k)
         self.see = block_causal(self.owner[self.place], noised=torch.arange(self.c + self.k) >= self.c)
 
 
@@ -54,9 +63,12 @@ class TokenTransformer(nn.Module):
         super().__init__()
         self.mask_id, self.layout = V, layout
         self.token, self.clean = nn.Embedding(V + 1, D), nn.Embedding(V, D)
-        self.place = nn.Embedding(layout.q + layout.k, D)
+        self.place = nn.Embedding(layout.places, D)
         self.level, self.body = StepEmbedding(D), Body(D, depth, heads, V)
-        for name in ("owner", "place", "see"):
+        # A head for each axis sees only what shares it; the others, of which there is one at least, see all.
+        free = torch.ones(heads - len(layout.share), *layout.share.shape[1:], dtype=torch.bool)
+        self.register_buffer("share", torch.cat([layout.share, free]), persistent=False)
+        for name in ("owner", "place", "see", "axes"):
             self.register_buffer(f"layout_{name}", getattr(layout, name), persistent=False)
 
     def forward(self, xt: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -69,7 +81,11 @@ class TokenTransformer(nn.Module):
         """
         n = xt.shape[1]
         h = torch.cat([self.clean(clean), self.token(xt)], dim=1)  # (B, m + n, D)
-        h += self.place(place)
+        h += self.place(self.layout_axes[place]).sum(-2)
+        if len(self.layout.share):  # what is in the cache stands before the rest
+            column = torch.cat([torch.arange(cache[0][0].shape[2] if cache else 0, device=h.device), place])
+            share = self.share[:, place][..., column]
+            see = share if see is None else see & share
         clean_step = torch.zeros(1, 1, dtype=torch.long, device=h.device)
         emb = F.silu(self.level(clean_step))  # (1, 1, D)
         out, seen = self.body(h, emb, n, see, cache)
@@ -108,3 +124,23 @@ def generate(
             xt = torch.cat([before, known, after], dim=1)
             yield i, xt
         new, start = torch.cat([new, xt[:, start : start + width]], dim=1), start + width
+
+
+@torch.no_grad()
+def doubt(model, question: Tensor, x: Tensor, generator=None) -> Tensor:
+    """How unsure (B, k) the model is of tokens x (B, k): 1 - p of each, given half of its block's others.
+
+    Two evaluations, since each half of the tokens is masked once; blocks stand on those before as they are.
+    """
+    half = (
+        torch.rand(x.shape, generator=generator, device="cpu" if generator else x.device).to(x.device) < 0.5
+    )
+    doubts, clean = (
+        torch.empty(x.shape, device=x.device),
+        torch.cat([question, x], dim=1)[:, : model.layout.c],
+    )
+    for hidden in (half, ~half):
+        logits = model(x.masked_fill(hidden, model.mask_id), hidden.float().mean(1), clean).float()
+        p = logits.softmax(-1).gather(-1, x[..., None])[..., 0]
+        doubts = torch.where(hidden, 1 - p, doubts)
+    return doubts

@@ -299,31 +299,38 @@ def unmask(
 ):
     """Yield xt (B, k) after every step: what is masked in it becomes known, what is known stays.
 
-    steps: evaluations of the denoiser, at most; each makes known at least one token of some sequence. order:
-    "confident" keeps the tokens that the denoiser is surest of (MaskGIT section 3.2), "random" any (MDLM eq.
-    7). temperature: of the tokens' distribution; 0 takes the likeliest. generator: one on the CPU gives the
-    same draws on any device.
+    steps: evaluations of the denoiser, at most; each makes known at least one token of a sequence. order:
+    "confident" keeps the tokens that the denoiser is surest of (MaskGIT section 3.2), "margin" those with
+    the widest gap between the two likeliest (2502.06768), "random" any (MDLM eq. 7). temperature: of the
+    tokens' distribution; 0 takes the likeliest. generator: one on the CPU gives the same draws on any device.
     """
 
     def rand(*shape) -> Tensor:
         return torch.rand(shape, generator=generator, device="cpu" if generator else xt.device).to(xt.device)
 
     masked = xt == mask_id
-    n = left = masked.sum(1)  # (B,)
-    for u in reversed(range(steps)):
-        before, left = left, (n * u / steps).round()
-        if torch.equal(left, before):
-            continue  # no token would become known
+    n = masked.sum(1)  # (B,)
+    wanted = n.clamp(max=steps)  # evaluations of each sequence, which is whole when it has had them
+    for i in range(1, 1 + max(wanted.tolist(), default=0)):
+        left = (n * (wanted - i).clamp(min=0) / wanted.clamp(min=1)).round()
         logits = model(xt, masked.float().mean(1), y).float()
         noise = -(-rand(*logits.shape).clamp(min=1e-9).log()).log() if temperature else 0.0  # Gumbel's
         x0 = (logits + temperature * noise).argmax(-1)
-        p = logits.softmax(-1).gather(-1, x0[..., None])[..., 0]
-        sure = p if order == "confident" else rand(*p.shape)
+        sure = sureness(logits, x0, order) if order != "random" else rand(*x0.shape)
         rank = sure.masked_fill(~masked, math.inf).argsort(1).argsort(1)
         x0 = torch.where(masked, x0, xt)
         masked = rank < left[:, None]
         xt = torch.where(masked, mask_id, x0)
         yield xt
+
+
+def sureness(logits: Tensor, x0: Tensor, order: str) -> Tensor:
+    """How sure (B, k) logits (B, k, V) are of tokens x0 (B, k): for the orders "confident" and "margin"."""
+    p = logits.softmax(-1)
+    own = p.gather(-1, x0[..., None])
+    if order == "confident":
+        return own[..., 0]
+    return (own - p.scatter(-1, x0[..., None], 0.0).amax(-1, keepdim=True))[..., 0]
 
 
 # -- what the denoisers share ----------------------------------------------------------------------------

@@ -5,28 +5,31 @@ import itertools
 import pytest
 import torch
 
-from blocks import Layout, TokenTransformer, generate
-from diffusion import Masked, unmask
+from blocks import Layout, TokenTransformer, doubt, generate
+from diffusion import Masked, sureness, unmask
+from puzzles import cell_axes
 
 V, WIDTHS = 7, [3, 2, 4, 3]
+AXES = [[i % 4, i // 4] for i in range(sum(WIDTHS))]  # three rows of four
+ORDERS = ["confident", "margin", "random"]
 
 
 def rng(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def random_model(widths=WIDTHS, vocabulary=V):
+def random_model(widths=WIDTHS, vocabulary=V, axes=None, depth=2):
     """A denoiser whose every weight is random: what it must not see would show."""
     torch.manual_seed(0)
-    model = TokenTransformer(vocabulary, Layout(widths), D=32, depth=2)
+    model = TokenTransformer(vocabulary, Layout(widths, axes), D=32, depth=depth)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     return model.eval()
 
 
-@pytest.fixture(scope="module")
-def model():
-    return random_model()
+@pytest.fixture(scope="module", params=[None, AXES], ids=["a line", "more axes"])
+def model(request):
+    return random_model(axes=request.param)
 
 
 def random_ids(model, B=4, seed=1):
@@ -86,6 +89,59 @@ def test_a_single_block_sees_all_of_itself():
     model = random_model([3, 9])
     assert model.layout.c == 3
     assert model.layout.see[3:].all()
+
+
+# -- more axes -------------------------------------------------------------------------------------------
+
+
+def same(of):
+    """Which cells (row) of a 4 x 4 grid agree with which (column) in of(cell)."""
+    return torch.tensor([[of(i) == of(j) for j in range(16)] for i in range(16)])
+
+
+ROW, COLUMN = same(lambda cell: cell // 4), same(lambda cell: cell % 4)
+BOX = same(lambda cell: (cell // 8, cell % 4 // 2))
+
+
+@pytest.mark.parametrize(
+    "heads, seen",
+    [
+        ([0], ROW),
+        ([1], COLUMN),
+        ([2], BOX),
+        ([0, 1, 2], ROW | COLUMN | BOX),
+        ([3], torch.ones(16, 16, dtype=torch.bool)),
+        ([], torch.eye(16, dtype=torch.bool)),
+    ],
+    ids=["first", "second", "third", "all three", "free", "none"],
+)
+def test_a_head_of_an_axis_sees_what_shares_it_and_the_free_head_all(heads, seen):
+    """Of a single layer only these heads are read; then each cell is changed in turn."""
+    model = random_model([0, 16], axes=cell_axes(4), depth=1)
+    read = torch.zeros(4, 8)
+    read[heads] = 1
+    block = model.body.blocks[0]
+    x = torch.randint(V, (1, 16), generator=rng(1))
+    changed = torch.where(torch.eye(16, dtype=torch.bool), other(x), x)  # (16, 16)
+    with torch.no_grad():
+        block.out.weight *= read.flatten()
+        block.qkv.weight *= 0.2  # so that nothing is seen too faintly
+        moved = model(changed, None, changed[:, :0]) - model(x, None, x[:, :0])
+    assert torch.equal(moved.abs().amax(-1) > 1e-6, seen)
+
+
+def test_the_embedding_of_a_position_is_the_sum_over_its_axes():
+    several, one = random_model(axes=AXES), random_model()
+    q, x0, xt = random_ids(one)
+    table = several.place.weight
+    rows = [[i, 12 + column, 16 + row] for i, (column, row) in enumerate(AXES)]
+    assert len(table) == 12 + 4 + 3
+    several.share.fill_(True)  # so that places alone tell them apart
+    weights = several.state_dict() | {"place.weight": torch.stack([table[row].sum(0) for row in rows])}
+    one.load_state_dict(weights)
+    with torch.no_grad():
+        logits = [model(xt, None, clean_part(model, q, x0)) for model in (several, one)]
+    torch.testing.assert_close(*logits)
 
 
 # -- blocks of width 1 -----------------------------------------------------------------------------------
@@ -175,11 +231,14 @@ def test_generation_reports_the_block_and_keeps_what_was_known(model):
     assert (seen[-1][1] != model.mask_id).all()
 
 
-def test_a_batch_makes_what_each_of_it_makes_alone(model):
+@pytest.mark.parametrize("known", ["nothing", "some"])
+def test_a_batch_makes_what_each_of_it_makes_alone(model, known):
     q, _, xt = random_ids(model, B=6)
-    *_, (_, together) = generate(model, q, torch.full_like(xt, model.mask_id), steps=3)
+    if known == "nothing":
+        xt = torch.full_like(xt, model.mask_id)
+    *_, (_, together) = generate(model, q, xt, steps=3)
     for i in range(len(q)):
-        *_, (_, alone) = generate(model, q[i : i + 1], steps=3)
+        *_, (_, alone) = generate(model, q[i : i + 1], xt[i : i + 1], steps=3)
         assert torch.equal(together[i : i + 1], alone)
 
 
@@ -244,7 +303,7 @@ def some_masked(numbers, k=10, seed=0):
     return x0.masked_fill(rank < torch.tensor(numbers)[:, None], V)
 
 
-@pytest.mark.parametrize("order", ["confident", "random"])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("masked, steps", [(10, 1), (10, 3), (10, 10), (7, 4), (7, 64), (1, 8), (0, 8)])
 def test_unmasking_makes_the_evaluations_that_it_is_asked_for(masked, steps, order):
     denoise, calls = counting(torch.randn(1, 10, V, generator=rng()))
@@ -252,21 +311,26 @@ def test_unmasking_makes_the_evaluations_that_it_is_asked_for(masked, steps, ord
     assert len(states) == len(calls) == min(steps, masked)
 
 
-@pytest.mark.parametrize("order", ["confident", "random"])
-def test_rows_with_different_numbers_of_masks_end_together(order):
-    xt = some_masked([0, 1, 4, 10])
+@pytest.mark.parametrize("order", ORDERS)
+def test_each_row_takes_an_evaluation_for_each_of_its_masks_or_as_many_as_it_may(order):
+    numbers = torch.tensor([0, 1, 4, 7, 10])
     denoise, calls = counting(torch.randn(1, 10, V, generator=rng()))
-    before = (xt == V).sum(1)
-    for state in unmask(denoise, xt, V, steps=5, order=order):
-        left = (state == V).sum(1)
-        assert (left <= before).all()
-        assert left.sum() < before.sum()
-        before = left
-    assert before.sum() == 0
+    left = [
+        (state == V).sum(1)
+        for state in unmask(denoise, some_masked(numbers.tolist()), V, order=order, steps=5)
+    ]
+    left = torch.stack([numbers, *left])  # (6, 5)
     assert len(calls) == 5
+    whole_after = (left > 0).sum(0)
+    assert torch.equal(whole_after, numbers.clamp(max=5))
+    made = left[:-1] - left[1:]
+    for row, after in zip(made.T, whole_after, strict=True):
+        assert (row[after:] == 0).all()
+        assert row[:after].max() - row[:after].min() <= 1 if after else True
+        assert (row[:after] > 0).all()
 
 
-@pytest.mark.parametrize("order", ["confident", "random"])
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_what_is_known_is_never_changed(order, temperature):
     xt = some_masked([3, 6, 9])
@@ -294,6 +358,22 @@ def test_the_surest_tokens_come_first_and_are_the_likeliest():
     assert [state[0].tolist() for state in states] == [[V, 1, V, V], [V, 1, V, 2], [3, 1, V, 2], [3, 1, 4, 2]]
 
 
+@pytest.mark.parametrize("order, first", [("confident", 0), ("margin", 1)])
+def test_the_surest_is_not_the_one_with_the_widest_margin(order, first):
+    """The most probable token has a rival, the other one has none."""
+    p = torch.tensor([[0.5, 0.49, *[0.002] * 5], [0.4, *[0.1] * 6]])
+    state = next(unmask(counting(p.log()[None])[0], torch.full((3, 2), V), V, steps=2, order=order))
+    assert (state[:, first] == 0).all()
+    assert (state[:, 1 - first] == V).all()
+
+
+def test_the_margin_of_a_token_is_its_lead_over_the_likeliest_other():
+    p = torch.tensor([[[0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [0.2, 0.2, 0.6]]])
+    x0 = torch.tensor([[0, 1, 1]])
+    torch.testing.assert_close(sureness(p.log(), x0, "margin"), torch.tensor([[0.2, -0.2, -0.4]]))
+    torch.testing.assert_close(sureness(p.log(), x0, "confident"), torch.tensor([[0.5, 0.3, 0.2]]))
+
+
 def test_in_random_order_every_token_is_first_alike():
     logits = torch.zeros(1, 4, V)
     logits[0, 0] = torch.arange(V) * 9.0  # the surest by far
@@ -312,15 +392,82 @@ def test_tokens_are_drawn_from_their_distribution_at_a_temperature(temperature):
     torch.testing.assert_close(share, (logits / temperature).softmax(-1)[0, 0], atol=0.012, rtol=0)
 
 
+# -- doubts ----------------------------------------------------------------------------------------------
+
+
+class Known:
+    """A denoiser of two blocks behind a question that gives logits_of(xt), and keeps what it is given."""
+
+    def __init__(self, logits_of):
+        self.mask_id, self.layout, self.logits_of, self.given = V, Layout([2, 4, 6]), logits_of, []
+
+    def __call__(self, xt, t, clean):
+        self.given.append((xt, t, clean))
+        return self.logits_of(xt)
+
+
+def test_doubts_are_what_is_missing_to_1_of_each_token_where_it_is_masked():
+    p = torch.rand(10, V, generator=rng()).softmax(-1)
+    model = Known(lambda xt: torch.where((xt == V)[..., None], p.log(), -9 * p.log()))
+    q, x = torch.randint(V, (5, 12), generator=rng(1)).split([2, 10], dim=1)
+    torch.testing.assert_close(doubt(model, q, x), 1 - p[range(10), x])
+
+
+def test_doubts_need_two_evaluations_in_which_each_token_is_masked_once():
+    model = Known(lambda xt: torch.zeros(*xt.shape, V))
+    q, x = torch.randint(V, (500, 12), generator=rng(1)).split([2, 10], dim=1)
+    doubts = doubt(model, q, x, rng(3))
+    (first, t, clean), (second, u, _) = model.given
+    assert doubts.shape == x.shape
+    assert torch.equal((first == V) ^ (second == V), torch.ones_like(x, dtype=torch.bool))
+    assert torch.equal(torch.where(first == V, second, first), x)
+    assert (first == V).float().mean(0).sub(0.5).abs().max() < 0.1  # any of them in any half
+    assert (first == V).float().mean(1).unique().numel() > 5
+    torch.testing.assert_close(t + u, torch.ones(500))
+    assert torch.equal(clean, torch.cat([q, x[:, :4]], dim=1))
+
+
+def test_a_spoilt_token_has_the_largest_doubt_and_the_draws_repeat():
+    """Of a denoiser that knows: all tokens are the one that most of those it sees are."""
+
+    def most(xt):
+        count = torch.nn.functional.one_hot(xt, V + 1)[..., :V].sum(1)
+        return count[:, None].expand(-1, xt.shape[1], -1).float()
+
+    x = torch.full((200, 10), 3)
+    spoilt = torch.randint(10, (200,), generator=rng(1))
+    x[range(200), spoilt] = 5
+    doubts, again = (doubt(Known(most), x[:, :2], x, rng(4)) for _ in range(2))
+    assert torch.equal(doubts.argmax(1), spoilt)
+    assert torch.equal(doubts, again)
+
+
+def test_doubts_of_a_model_are_those_of_the_passes_that_train_it(model):
+    q, x, _ = random_ids(model)
+    doubts = doubt(model, q, x, rng(2))
+    half = torch.rand(x.shape, generator=rng(2)) < 0.5
+    with torch.no_grad():
+        logits = [model(x.masked_fill(h, V), None, clean_part(model, q, x)) for h in (half, ~half)]
+    p = torch.where(half[..., None], *logits).softmax(-1)
+    torch.testing.assert_close(doubts, 1 - p.gather(-1, x[..., None])[..., 0])
+
+
 # -- learning --------------------------------------------------------------------------------------------
 
 
-def test_every_parameter_gets_a_gradient():
-    model = random_model()
+@pytest.mark.parametrize(
+    "widths, axes",
+    [(WIDTHS, None), (WIDTHS, AXES), ([0, 16], cell_axes(4))],
+    ids=["a line", "more axes", "a grid"],
+)
+def test_every_parameter_gets_a_gradient(widths, axes):
+    model = random_model(widths, axes=axes)
     q, x0, _ = random_ids(model, B=16)
     Masked(V).loss(model, x0, clean_part(model, q, x0)).mean().backward()
     for name, p in model.named_parameters():
-        assert p.grad.abs().sum() > 0, name
+        # A grid alone has nothing clean before it.
+        assert p.grad.abs().sum() > 0 or (name == "clean.weight" and not model.layout.c), name
+    assert (model.place.weight.grad.abs().sum(1) > 0).all()
 
 
 def test_a_denoiser_starts_with_every_token_alike():
