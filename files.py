@@ -15,6 +15,7 @@ import torch
 import typeguard
 from torch import nn
 from typeguard import CollectionCheckStrategy, TypeCheckError
+from typing_extensions import NotRequired
 
 # -- what is said ------------------------------------------------------------------------------------------
 
@@ -153,6 +154,7 @@ class Checkpoint(TypedDict):
     model: dict
     ema: dict
     opt: dict
+    muon: NotRequired[dict]
 
 
 def load_checkpoint(path, kind: str, facts=dict) -> Checkpoint:

@@ -51,9 +51,9 @@ from files import (
 # that says nothing of what its weights have learned. All other fields are fixed, also one that is added
 # tomorrow. The path of the data is free: its checksum, among the facts, says what data it is.
 FREE = frozenset(
-    "dataset out device data_dir precision max_steps vae_steps diffusion_steps lr warmup ema_decay log_every "
-    "sample_every save_every resume sample_from score_from sampler order steps guidance temperature top_p "
-    "votes prompt score_n classes n".split()
+    "dataset out device data_dir precision max_steps vae_steps diffusion_steps lr muon_lr warmup ema_decay "
+    "log_every sample_every save_every resume sample_from score_from sampler order steps guidance "
+    "temperature top_p votes tries remask prompt score_n classes n".split()
 )
 OF_THE_TRAINING = frozenset("seed batch_size".split())  # free too where nothing is trained
 
@@ -335,6 +335,8 @@ def ema_ramp(step: int, limit: float) -> float:
 
 
 LOG = "step,loss,lr,seconds,samples_per_second"  # the columns of log.csv
+# What AdamW and Muon keep of each weight, by their names in a checkpoint.
+KEPT = {"opt": ("step", "exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
 
 
 class Run:
@@ -343,13 +345,24 @@ class Run:
     cfg: a script's Config, of which seed, lr, warmup, ema_decay, log_every, save_every, sample_every and
     resume are read here. facts: what the data says and sampling needs, in plain types; a resumed run must
     agree with it. extra: tensors that sampling needs, kept in the checkpoint as they are (a frozen network).
-    free: the fields that a resumed run may change. run.model is the network to train, run.ema the averaged
+    free: the fields that a resumed run may change. matrices: weights that Muon is to train at the rate of
+    cfg.muon_lr, AdamW all others. run.model is the network to train, run.ema the averaged
     one to sample from. Raises UserError where the folder holds a run already and cfg.resume is off, where the
     two do not fit, or where another process is at work in the folder.
     """
 
     def __init__(
-        self, cfg, model, device, facts: dict, out, max_steps: int, batch_size: int, extra=None, free=FREE
+        self,
+        cfg,
+        model,
+        device,
+        facts: dict,
+        out,
+        max_steps: int,
+        batch_size: int,
+        extra=None,
+        free=FREE,
+        matrices=(),
     ):
         self.cfg, self.facts, self.extra = cfg, facts, extra or {}
         self.device, self.out, self.max_steps, self.batch_size = device, Path(out), max_steps, batch_size
@@ -362,7 +375,11 @@ class Run:
         self.net = model.to(device)
         self.ema = AveragedModel(self.net, multi_avg_fn=self._average).eval()
         fused = device.type != "mps"
-        self.opt = torch.optim.AdamW(self.net.parameters(), lr=cfg.lr, weight_decay=0.0, fused=fused)
+        others = [p for p in self.net.parameters() if all(p is not matrix for matrix in matrices)]
+        self.opts = {"opt": torch.optim.AdamW(others, lr=cfg.lr, weight_decay=0.0, fused=fused)}
+        if matrices:
+            self.opts["muon"] = torch.optim.Muon(matrices, lr=cfg.muon_lr, weight_decay=0.0)
+        self.highest = {name: opt.param_groups[0]["lr"] for name, opt in self.opts.items()}  # after warm-up
         self.paused = False
         self.lock = lock_folder(self.out) if self.main else None
         path = self.out / "last.pt"
@@ -438,13 +455,13 @@ class Run:
         return self.main and self.step > 1 and (self.step - 1) % every == 0
 
     def update(self, loss: Tensor) -> None:
-        """One step on a scalar loss: backward, clip the gradient to norm 1, AdamW with warm-up, EMA."""
+        """One step on a scalar loss: backward, clip the gradient to norm 1, optimizers with warm-up, EMA."""
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
-        for group in self.opt.param_groups:
-            group["lr"] = self.cfg.lr * min(1.0, self.step / max(1, self.cfg.warmup))
-        self.opt.step()
-        self.opt.zero_grad()
+        for name, opt in self.opts.items():
+            opt.param_groups[0]["lr"] = self.highest[name] * min(1.0, self.step / max(1, self.cfg.warmup))
+            opt.step()
+            opt.zero_grad()
         self.ema.update_parameters(self.net)
         # Read only at the next line of the log: no wait for the device. A gradient that is not finite shows
         # too.
@@ -456,7 +473,8 @@ class Run:
         if not all_finite(self._tensors()):
             raise UserError(self._not_finite("a weight, or its average,", self.step))
         state = dict(kind=self.cfg.kind, config=asdict(self.cfg), facts=self.facts, extra=self.extra)
-        state |= dict(step=self.step, seconds=self.seconds, opt=self.opt.state_dict())
+        state |= dict(step=self.step, seconds=self.seconds)
+        state |= {name: opt.state_dict() for name, opt in self.opts.items()}
         state |= dict(model=self.net.state_dict(), ema=self.ema.module.state_dict())
         if self.main:
             write_atomic(self.out / "last.pt", lambda file: torch.save(state, file))
@@ -492,10 +510,11 @@ class Run:
         torch._foreach_lerp_(ema, params, 1 - ema_ramp(self.step, self.cfg.ema_decay))
 
     def _tensors(self) -> list[Tensor]:
-        """The weights, their averages and what the optimizer keeps of each."""
+        """The weights, their averages and what the optimizers keep of each."""
         tensors = [*self.net.parameters(), *self.net.buffers(), *self.ema.module.parameters()]
-        for state in self.opt.state.values():
-            tensors += state.values()
+        for opt in self.opts.values():
+            for state in opt.state.values():
+                tensors += state.values()
         return tensors
 
     def _load(self, path: Path, free) -> None:
@@ -511,11 +530,12 @@ class Run:
         load_weights(self.net, old["model"], path)
         load_weights(self.ema.module, old["ema"], path)
         with reading(path):
-            self.opt.load_state_dict(self.opt.state_dict() | dict(state=old["opt"]["state"]))
-            for p in self.net.parameters():
-                step, *averages = (self.opt.state[p][name] for name in ("step", "exp_avg", "exp_avg_sq"))
-                if step.shape or any(average.shape != p.shape for average in averages):
-                    raise ValueError("the optimizer's state is not that of these weights")
+            for name, opt in self.opts.items():
+                opt.load_state_dict(opt.state_dict() | dict(state=old[name]["state"]))
+                for p in opt.param_groups[0]["params"]:
+                    for what in KEPT[name]:
+                        if opt.state[p][what].shape != (() if what == "step" else p.shape):
+                            raise ValueError("the optimizer's state is not that of these weights")
             if not all_finite(self._tensors()) or old["step"] < 1 or not 0 <= old["seconds"] < math.inf:
                 raise ValueError("the optimizer's state, the step or the seconds are not finite")
         self.ema.n_averaged += old["step"]  # not zero: the next update averages, it does not copy
@@ -570,7 +590,7 @@ class Run:
         self.losses, self.logged = [], (self.step, now)
         rate = (self.step - step) / (now - start)
         if self.main:
-            lr, path = self.opt.param_groups[0]["lr"], self.out / "log.csv"
+            lr, path = self.opts["opt"].param_groups[0]["lr"], self.out / "log.csv"
             row = f"{self.step},{loss:.6f},{lr:.3g},{self.seconds:.2f},{rate * self.batch_size:.1f}"
             if not path.exists():  # the folder is gone: go on, the next checkpoint is worth more than it
                 write_lines(path, [LOG])

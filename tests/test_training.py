@@ -33,6 +33,7 @@ class Config:
     max_steps: int = 10
     batch_size: int = 4
     lr: float = 1e-2
+    muon_lr: float = 0.0  # above 0, Muon trains the matrix
     warmup: int = 4
     ema_decay: float = 0.9
     log_every: int = 2
@@ -48,9 +49,9 @@ X = torch.randn(32, 3, generator=torch.Generator().manual_seed(0))
 
 
 def begin(cfg, inputs=3, samples=32):
-    return Run(
-        cfg, torch.nn.Linear(inputs, 1), CPU, dict(samples=samples), cfg.out, cfg.max_steps, cfg.batch_size
-    )
+    net, facts = torch.nn.Linear(inputs, 1), dict(samples=samples)
+    matrices = [net.weight] if cfg.muon_lr else []
+    return Run(cfg, net, CPU, facts, cfg.out, cfg.max_steps, cfg.batch_size, matrices=matrices)
 
 
 def toy(cfg, poison=0, noise=0.1):
@@ -85,12 +86,15 @@ def test_draws_are_a_function_of_seed_step_and_rank():
     assert len(draws) == 4
 
 
-def test_update_is_adamw_with_warmup_clipping_and_a_ramped_ema(tmp_path):
+@pytest.mark.parametrize("muon_lr", [0.0, 0.05])
+def test_update_is_the_optimizers_with_warmup_clipping_and_a_ramped_ema(muon_lr, tmp_path):
     """Against the same three steps written out."""
-    run = toy(Config(str(tmp_path / "a"), max_steps=3))
+    run = toy(Config(str(tmp_path / "a"), max_steps=3, muon_lr=muon_lr))
     torch.manual_seed(0)
     net = torch.nn.Linear(3, 1)
-    opt, ema = torch.optim.AdamW(net.parameters(), weight_decay=0.0), None
+    opts = [torch.optim.AdamW([net.bias] if muon_lr else net.parameters(), lr=1e-2, weight_decay=0.0)]
+    opts += [torch.optim.Muon([net.weight], lr=muon_lr, weight_decay=0.0)] if muon_lr else []
+    ema = None
     for step in (1, 2, 3):
         batch = batch_indices(32, 4, 0, step)
         seed_step(0, step)
@@ -100,9 +104,10 @@ def test_update_is_adamw_with_warmup_clipping_and_a_ramped_ema(tmp_path):
         assert norm > 1  # the clipping is on
         for p in net.parameters():
             p.grad /= norm
-        opt.param_groups[0]["lr"] = 1e-2 * step / 4
-        opt.step()
-        opt.zero_grad()
+        for opt, lr in zip(opts, [1e-2, muon_lr], strict=False):
+            opt.param_groups[0]["lr"] = lr * step / 4
+            opt.step()
+            opt.zero_grad()
         decay = min(0.9, (1 + step) / (10 + step))
         now = net.weight.detach().clone()
         ema = now if ema is None else decay * ema + (1 - decay) * now
@@ -111,17 +116,19 @@ def test_update_is_adamw_with_warmup_clipping_and_a_ramped_ema(tmp_path):
     assert not torch.equal(run.ema.module.weight, run.net.weight)
 
 
-def test_every_parameter_is_in_one_group_and_stepped_once(tmp_path):
-    run = toy(Config(str(tmp_path)))
-    grouped = [p for group in run.opt.param_groups for p in group["params"]]
+@pytest.mark.parametrize("muon_lr", [0.0, 0.05])
+def test_every_parameter_is_in_one_group_and_stepped_once(muon_lr, tmp_path):
+    run = toy(Config(str(tmp_path), muon_lr=muon_lr))
+    grouped = [p for opt in run.opts.values() for group in opt.param_groups for p in group["params"]]
     assert sorted(map(id, grouped)) == sorted(map(id, run.net.parameters()))
-    assert all(state["step"] == 10 for state in run.opt.state.values())
+    assert all(state["step"] == 10 for state in run.opts["opt"].state.values())
 
 
-def test_resume_ends_with_the_same_bits(tmp_path):
-    whole = toy(Config(str(tmp_path / "whole"), max_steps=10))
-    toy(Config(str(tmp_path / "parts"), max_steps=6))
-    parts = toy(Config(str(tmp_path / "parts"), max_steps=10, resume=True))
+@pytest.mark.parametrize("muon_lr", [0.0, 0.05])
+def test_resume_ends_with_the_same_bits(muon_lr, tmp_path):
+    whole = toy(Config(str(tmp_path / "whole"), max_steps=10, muon_lr=muon_lr))
+    toy(Config(str(tmp_path / "parts"), max_steps=6, muon_lr=muon_lr))
+    parts = toy(Config(str(tmp_path / "parts"), max_steps=10, muon_lr=muon_lr, resume=True))
     assert same(tmp_path / "whole/last.pt", tmp_path / "parts/last.pt")
     assert torch.equal(whole.net.weight, parts.net.weight)
 
@@ -136,7 +143,7 @@ def same(a: Path, b: Path) -> bool:
             return len(x) == len(y) and all(map(equal, x, y))
         return torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
 
-    return all(equal(a[k], b[k]) for k in ("step", "model", "ema", "opt", "facts"))
+    return all(equal(a.get(k), b.get(k)) for k in ("step", "model", "ema", "opt", "muon", "facts"))
 
 
 def test_resume_refuses_another_model_or_other_data_and_names_it(tmp_path):
@@ -359,17 +366,18 @@ def test_settings_and_facts_that_cannot_be_compared_are_named(tmp_path, part, na
         toy(Config(str(tmp_path), resume=True))
 
 
-def test_an_odd_optimizer_state_is_named(tmp_path):
-    toy(Config(str(tmp_path), max_steps=4))
+@pytest.mark.parametrize("part, kept, muon_lr", [("opt", "exp_avg", 0.0), ("muon", "momentum_buffer", 0.05)])
+def test_an_odd_optimizer_state_is_named(part, kept, muon_lr, tmp_path):
+    toy(Config(str(tmp_path), max_steps=4, muon_lr=muon_lr))
     path = tmp_path / "last.pt"
     state = load_checkpoint(path, "toy")
-    average = state["opt"]["state"][0]["exp_avg"]
+    average = state[part]["state"][0][kept]
     for odd in (average[0], average * float("nan"), 3, None):
         broken = copy.deepcopy(state)
-        broken["opt"]["state"][0]["exp_avg"] = odd
+        broken[part]["state"][0][kept] = odd
         torch.save(broken, path)
         with pytest.raises(UserError, match="last.pt does not fit"):
-            toy(Config(str(tmp_path), resume=True))
+            toy(Config(str(tmp_path), resume=True, muon_lr=muon_lr))
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
