@@ -1,12 +1,15 @@
-"""Reasoning: chains of thought by masked diffusion, thought by thought. Diffusion of Thought 2402.07754.
+"""Reasoning by masked diffusion: chains of thought, thought by thought, and puzzles, the surest cell first.
 
 python reason.py                                      3 x 2-digit multiplication; nothing to download
-python reason.py --dataset sums                       running sums
-python reason.py --sample_from out/mult/last.pt --prompt "3 2 1 * 5 4"
+python reason.py --dataset sudoku                     grids that are made here, with one solution each
+python reason.py --sample_from out/sudoku/last.pt --prompt "53..7....6..195....98....6.8...6...34..8.3..17..."
+
+Diffusion of Thought 2402.07754, orders of unmasking 2502.06768, remasking (ReMDM) 2503.00307.
 """
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 import shlex
@@ -16,13 +19,15 @@ from pathlib import Path
 from typing import Literal, TypedDict
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import metrics
-from blocks import Layout, TokenTransformer, generate
+from blocks import Layout, TokenTransformer, doubt, generate
 from diffusion import Masked
-from files import UserError, is_main, load_checkpoint, load_weights, reading, say, show
-from tasks import ANSWER, TASKS, Problems, Tokens, load_problems
+from files import UserError, figure, is_main, load_checkpoint, load_weights, reading, say, show
+from puzzles import clues_of, read_sudoku
+from tasks import ANSWER, TASKS, USUAL, Problems, Size, Tokens, load_problems
 from training import (
     Run,
     autocast,
@@ -40,6 +45,7 @@ from training import (
 
 EVAL = "step,seconds,answer,chain"  # the columns of eval.csv
 VOTE_TEMPERATURE = 0.5  # at which the chains of a majority vote are drawn
+RETRY_TEMPERATURE = 1.0  # at which a problem is tried again
 
 
 class Facts(TypedDict):
@@ -48,6 +54,7 @@ class Facts(TypedDict):
     alphabet: str
     widths: list[int]
     example: str | None
+    axes: list[list[int]] | None
     problems: int
     checksum: str
 
@@ -57,13 +64,15 @@ class Config:
     """Hyperparameters. Edit the defaults here, or override any of them: python reason.py --lr 1e-3"""
 
     # -- data --
-    dataset: str = "mult"  # sums, adds, mult (made here), gsm8k (hub), or the path of a file or a folder
+    dataset: str = "mult"  # mult, adds, sums, countdown, sudoku (made here), gsm8k (hub), or a path
     digits: tuple[int, int] = (3, 2)  # mult: of the two factors; adds: the first is that of each number
-    terms: int = 4  # sums and adds: numbers to add
+    terms: int = 4  # sums, adds: numbers to add; countdown: numbers to reach the target with
+    side: Literal[4, 6, 9] = 9  # sudoku: of the grid
     train_n: int = 50_000  # training problems, or as many as there are
     form: Literal["equations", "text"] = "equations"  # of a file's thoughts: the <<equations>>, or the lines
     # -- diffusion --
     passes: Literal["multi", "single"] = "multi"  # a thought at a time, or the whole chain at once
+    masks: tuple[float, float] = (0.0, 1.0)  # least and largest share of masked tokens in training
     shift: float = 3.0  # times the odds of a mask in training: sampling begins with nothing but masks
     snapshot: float = 0.0  # multi: share of training chains that stand on the model's own guesses
     snapshot_temperature: float = 3.0  # of those guesses; at 1 a trained model makes no errors to learn from
@@ -72,16 +81,19 @@ class Config:
     depth: int = 4  # number of blocks
     # -- optimisation --
     max_steps: int = 1000  # optimizer steps
-    batch_size: int = 256  # problems of a step, over all processes
+    batch_size: int = 128  # problems of a step, over all processes
     lr: float = 2e-3  # AdamW's learning rate after warm-up
+    muon_lr: float = 0.02  # likewise Muon's, which trains the matrices of the blocks
     warmup: int = 200  # steps of linear warm-up
     ema_decay: float = 0.999  # upper limit of the EMA's decay; it ramps as (1 + step) / (10 + step)
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware has it
     # -- sampling --
-    order: Literal["confident", "random"] = "confident"  # of unmasking: the surest tokens first, or any
+    order: Literal["confident", "margin", "random"] = "confident"  # of unmasking tokens: see `unmask`
     steps: int = 8  # evaluations of the denoiser for each thought; at most one for each of its tokens is used
     temperature: float = 0.0  # of the tokens that are drawn; 0 takes the likeliest
     votes: int = 5  # chains of a majority vote; 1: no vote
+    tries: int = 1  # at most so many for each problem, where there is a check to tell whether it is solved
+    remask: float = 1.0  # share of the tokens, those that are the least sure, that a new try masks again
     prompt: str | None = None  # a question of your own, answered from --sample_from
     score_n: int = 500  # test problems of a score
     # -- the run --
@@ -97,20 +109,29 @@ class Config:
 
     kind = "reason"  # the script that a checkpoint belongs to (no annotation: not a setting)
 
+    @staticmethod
+    def recipe(given) -> dict:
+        """The defaults that a data set has in place of those above."""
+        return RECIPES.get(given.dataset, {})
+
     def __post_init__(self):
         check_run(self)
         need(self, "max_steps steps score_n", 1)
         need(self, "train_n", 1, 10_000_000)
         need(self, "batch_size", 1, 100_000)
         need(self, "width", 16, 16_384)
-        need(self, "depth votes", 1, 1000)
+        need(self, "depth votes tries", 1, 1000)
+        need(self, "remask", 0.01, 1)
         need(self, "temperature", 0, 100)
-        need(self, "terms", 2, 100)
+        need(self, "terms", 2, 6 if self.dataset == "countdown" else 100)  # more take long to be found
         need(self, "snapshot", 0, 1)
         need(self, "snapshot_temperature", 0.1, 100)
         need(self, "shift", 0.01, 100)
+        need(self, "muon_lr", 1e-9, 1)
         if min(self.digits) < 1 or max(self.digits) > 8:
             raise ValueError(f"digits must be two numbers in 1..8, got {self.digits}")
+        if not 0 <= self.masks[0] < self.masks[1] <= 1:
+            raise ValueError(f"masks must be two shares, the smaller first, got {self.masks}")
         if self.width % 16:
             raise ValueError(f"width must be divisible by 16, got {self.width}")
         if self.snapshot and self.passes == "single":
@@ -119,16 +140,30 @@ class Config:
             raise ValueError("--prompt is answered from a checkpoint: add --sample_from out/NAME/last.pt")
 
 
+RECIPES = {  # what a data set has in place of the defaults; flags override both
+    "sudoku": dict(train_n=1500, depth=6, batch_size=64, max_steps=6000, masks=(0.2, 0.8), shift=1.0)
+    | dict(steps=81, sample_every=1000, score_n=300),
+    "countdown": dict(terms=3, passes="single"),
+}
+
+
+def size_of(cfg: Config) -> Size:
+    """How large the problems are."""
+    return Size(cfg.digits, cfg.terms, cfg.side)
+
+
 # -- chains as ids -----------------------------------------------------------------------------------------
 
 
-def chain_facts(problems: Problems, spaces: bool) -> dict:
+def chain_facts(problems: Problems, spaces: bool, size=USUAL) -> dict:
     """What a checkpoint must know of its problems, in plain types.
 
     The alphabet, with the space or without; the widths of the question and of each thought; an example of a
-    question, its digits written as 7, where all training questions agree on it; number and checksum.
+    question, its digits written as 7, where all training questions agree on it; where the cells of a puzzle
+    stand, whose question has no place of its own; number and checksum.
     """
-    questions = problems.question + problems.question_test
+    axes = problems.task.axes(size) if problems.is_puzzle else None
+    questions = [""] if axes else problems.question + problems.question_test
     chains = problems.thoughts + problems.thoughts_test
     characters = set("".join([*questions, *map("".join, chains)]).replace("####", ANSWER))
     tokens = Tokens("".join(sorted(characters | {" "} if spaces else characters - {" "})))
@@ -139,6 +174,7 @@ def chain_facts(problems: Problems, spaces: bool) -> dict:
         alphabet=tokens.alphabet,
         widths=widths,
         example=examples.pop() if len(examples) == 1 else None,
+        axes=axes,
         problems=len(problems.question),
         checksum=problems.checksum(),
     )
@@ -155,10 +191,22 @@ def encode(facts: dict, questions: list[str], thoughts: list[list[str]]) -> Tens
     So is the slot of a thought that a chain does not have: that a chain has ended is learned.
     """
     tokens, (q, *slots) = Tokens(facts["alphabet"]), facts["widths"]
-    parts = [tokens.encode(questions, q)]
+    parts = [tokens.encode(questions if q else [""] * len(questions), q)]
     for i, width in enumerate(slots):
         parts.append(tokens.encode([chain[i] if i < len(chain) else "" for chain in thoughts], width))
     return torch.cat(parts, dim=1)
+
+
+def asked(facts: dict, questions: list[str]) -> Tensor:
+    """Ids (N, q + k) of questions alone, with the mask (id V) at all that is to be found.
+
+    A puzzle's question is the answer with "." for the mask.
+    """
+    q, *slots = facts["widths"]
+    if facts["axes"]:
+        return Tokens(facts["alphabet"] + ".").encode(questions, slots[0])
+    tokens = Tokens(facts["alphabet"])
+    return F.pad(tokens.encode(questions, q), (0, sum(slots)), value=tokens.V)
 
 
 def decode(facts: dict, xt: Tensor) -> list[list[str]]:
@@ -180,46 +228,127 @@ def build(cfg: Config, facts: dict, device: torch.device) -> TokenTransformer:
     """The denoiser of chains: a block for each thought, or a single one."""
     q, *slots = facts["widths"]
     torch.manual_seed(cfg.seed)
-    layout = Layout([q, *slots] if cfg.passes == "multi" else [q, sum(slots)])
+    layout = Layout([q, *slots] if cfg.passes == "multi" else [q, sum(slots)], facts["axes"])
     return TokenTransformer(len(facts["alphabet"]) + 1, layout, cfg.width, cfg.depth).to(device)
 
 
-def think(cfg: Config, model: TokenTransformer, q: Tensor, seed: int, xt: Tensor | None = None):
-    """Yield (block i, ids (B, k) so far) after each step of the chains of questions q (B, q).
-
-    xt: what is known of them (see `generate`).
-    """
+def think(cfg: Config, model: TokenTransformer, ids: Tensor, seed: int):
+    """Yield (block i, ids (B, k) so far) after each step from ids (B, q + k), masked where not known."""
+    q, xt = ids.split([model.layout.q, model.layout.k], dim=1)
     how = dict(steps=cfg.steps, order=cfg.order, temperature=cfg.temperature)
     return generate(model, q, xt, generator=torch.Generator().manual_seed(seed), **how)
 
 
-def chains_of(cfg: Config, facts: dict, model: TokenTransformer, q: Tensor, seed: int) -> list[list[str]]:
-    """The chains of questions q (N, q), made 1,000 at a time, until each has its answer."""
-    answer, chains = Tokens(facts["alphabet"]).ids("####")[0], []
+def conclude(cfg: Config, model: TokenTransformer, ids: Tensor, seed: int) -> Tensor:
+    """Ids (B, k) at the end of thinking from ids (B, q + k)."""
+    with autocast(ids.device, cfg.precision):
+        states = [xt for _, xt in think(cfg, model, ids, seed)]
+    return states[-1] if states else ids[:, model.layout.q :]
+
+
+def chains_of(cfg: Config, facts: dict, model: TokenTransformer, ids: Tensor, seed: int) -> list[list[str]]:
+    """The chains of questions with ids (N, q + k), 1,000 at a time, until each has its answer."""
+    chains, ends = [], Tokens(facts["alphabet"]).ids("####") if ANSWER in facts["alphabet"] else []
     widths = torch.tensor(facts["widths"][1:])
     starts = widths.cumsum(0) - widths  # of the thoughts
-    for part in q.split(1000):
-        with autocast(q.device, cfg.precision):  # around all steps: the weights are turned to bf16 once
+    for part in ids.split(1000):
+        with autocast(ids.device, cfg.precision):  # around all steps: the weights are turned to bf16 once
             for i, xt in think(cfg, model, part, seed + len(chains)):
                 end = sum(model.layout.widths[: i + 1])
                 known = (xt[:, :end] != model.mask_id).all()
-                if known and (xt[:, starts[starts < end]] == answer).any(1).all():
+                if ends and known and (xt[:, starts[starts < end]] == ends[0]).any(1).all():
                     break
         chains += decode(facts, xt)
     return chains
 
 
 def focus(cfg: Config, facts: dict, model: TokenTransformer, question: str) -> list[str]:
-    """The chain of one question as it comes into focus, a line for each step: "_" is a token still masked."""
+    """The chain of one question as it comes into focus: "_" is a token still masked.
+
+    A line for each step, or for a puzzle four grids side by side; its cells by the step at which they were
+    settled are drawn as samples/focus.png.
+    """
     tokens, lines = Tokens(facts["alphabet"]), [f"question  {question}"]
-    q = tokens.encode([question], facts["widths"][0]).to(next(model.parameters()).device)
-    with autocast(q.device, cfg.precision):
-        states = list(think(cfg, model, q, cfg.seed))
-    for i, xt in states:
+    ids = asked(facts, [question]).to(next(model.parameters()).device)
+    with autocast(ids.device, cfg.precision):
+        states = [(0, ids[:, model.layout.q :]), *think(cfg, model, ids, cfg.seed)]
+    if facts["axes"]:
+        draw_settled(states, facts, Path(cfg.out) / "samples" / "focus.png")
+        return lines + side_by_side(facts, states)
+    for i, xt in states[1:]:
         shown = xt[0, : sum(model.layout.widths[: i + 1])].tolist()
         characters = ["_" if token == model.mask_id else tokens.text([token]) for token in shown]
         lines.append(f"thought {i + 1}  " + (" " if tokens.bare else "").join(filter(None, characters)))
     return [*lines, "chain     " + " | ".join(decode(facts, states[-1][1])[0])]
+
+
+def side_by_side(facts: dict, states: list) -> list[str]:
+    """Four grids of a puzzle, from the clues to the answer."""
+    tokens, side = Tokens(facts["alphabet"] + "_"), math.isqrt(len(facts["axes"]))
+    grids = [tokens.text(states[(len(states) - 1) * i // 3][1][0].tolist()).split() for i in range(4)]
+    lines = []
+    for row in range(side):
+        lines.append("    ".join(" ".join(grid[row * side :][:side]) for grid in grids))
+    return lines
+
+
+def draw_settled(states: list, facts: dict, path: Path) -> None:
+    """Draw an answer, each cell in the colour of the step at which it was settled; clues are white."""
+    side, mask_id = math.isqrt(len(facts["axes"])), len(facts["alphabet"]) + 1
+    when = sum((xt[0] == mask_id).long() for _, xt in states).view(side, side).tolist()
+    digits = iter(states[-1][1][0].tolist())
+    with figure(path, (4.6, 4)) as (fig, ax):
+        image = ax.imshow([[step or math.nan for step in row] for row in when], cmap="viridis_r")
+        for row, column in itertools.product(range(side), repeat=2):
+            style = dict(weight="normal" if when[row][column] else "bold", ha="center", va="center")
+            ax.text(column, row, str(next(digits)), **style)
+        ax.set(xticks=[], yticks=[])
+        fig.colorbar(image, label="settled at evaluation")
+
+
+# -- thinking again ---------------------------------------------------------------------------------------
+
+
+def remasked(cfg: Config, model: TokenTransformer, ids: Tensor, x: Tensor, seed: int) -> Tensor:
+    """Ids (B, q + k) to think on from: the answers x (B, k) to the questions ids (B, q + k), partly masked.
+
+    Masked is the share cfg.remask of the tokens that were to be found, those of which the model is the least
+    sure. ReMDM.
+    """
+    q, given = ids[:, : model.layout.q], ids[:, model.layout.q :] != model.mask_id
+    with autocast(ids.device, cfg.precision):
+        doubts = doubt(model, q, x, torch.Generator().manual_seed(seed)).masked_fill(given, -1.0)
+    most = (cfg.remask * (~given).sum(1, keepdim=True)).ceil()
+    rank = doubts.argsort(1, descending=True).argsort(1)
+    return torch.cat([q, x.masked_fill((rank < most) & ~given, model.mask_id)], dim=1)
+
+
+def evaluations(cfg: Config, model: TokenTransformer, ids: Tensor) -> int:
+    """Evaluations that it takes to think on from ids (B, q + k), of all B together."""
+    blocks = (ids[:, model.layout.q :] == model.mask_id).split(model.layout.widths, dim=1)
+    return sum(int(masked.sum(1).clamp(max=cfg.steps).sum()) for masked in blocks)
+
+
+def tries(cfg: Config, facts: dict, model: TokenTransformer, ids: Tensor, questions: list[str], check):
+    """Yield (evaluations a problem so far, chains, which of them are right) after each of cfg.tries.
+
+    A chain that passes the check is kept; any other is tried again, remasked, at RETRY_TEMPERATURE.
+    """
+    x, right, spent = ids[:, model.layout.q :].clone(), torch.zeros(len(ids), dtype=torch.bool), 0
+    for i in range(cfg.tries):
+        how = dataclasses.replace(cfg, temperature=RETRY_TEMPERATURE) if i else cfg
+        for part in (~right).nonzero()[:, 0].split(1000):
+            start = ids[part]
+            if i and cfg.remask < 1:
+                start = remasked(cfg, model, start, x[part], cfg.seed + i)
+                spent += 2 * len(part)  # in which the model doubts each token
+            x[part] = conclude(how, model, start, cfg.seed + i)
+            spent += evaluations(cfg, model, start)
+        chains = decode(facts, x)
+        right = torch.tensor(
+            [metrics.is_right(*row, None, check) for row in zip(chains, questions, strict=True)]
+        )
+        yield spent / len(ids), chains, right.tolist()
 
 
 # -- training ----------------------------------------------------------------------------------------------
@@ -235,22 +364,26 @@ def train(cfg: Config, facts: dict, problems: Problems, device, seconds: float =
     thought = torch.repeat_interleave(torch.tensor(slots)).to(device)  # (k,): 0 0 0 1 1 ...
     ids = encode(facts, problems.question, problems.thoughts).to(device)
     questions, truth = problems.question_test[:200], problems.thoughts_test[:200]
-    q_test = encode(facts, questions, truth)[:, : layout.q].to(device)
-    run = Run(cfg, model, device, facts, cfg.out, cfg.max_steps, cfg.batch_size)
+    ids_test = asked(facts, questions).to(device)
+    matrices = matrices_of(model.body.blocks)
+    run = Run(cfg, model, device, facts, cfg.out, cfg.max_steps, cfg.batch_size, matrices=matrices)
     size = f"{millions(model)}, {len(ids)} training problems"
     say(f"{run.out}: {size}; {device}, {run.world} process(es)")
 
     def look(step: int) -> None:
         took = run.took()
         with run.pause():
-            chains = chains_of(cfg, facts, run.ema.module, q_test, cfg.seed)
+            chains = chains_of(cfg, facts, run.ema.module, ids_test, cfg.seed)
             note(run, step, took, metrics.score_chains(chains, questions, truth, problems.check))
 
     for _, batch in run.steps(len(ids), seconds):
         if run.due(cfg.sample_every):
             look(run.step - 1)
         q, x0 = ids[batch].split([layout.q, layout.k], dim=1)
+        if problems.is_puzzle:  # which is learned from full grids: its clues are a state like any other
+            x0, _ = turned(cfg, problems, x0, x0)
         u = torch.rand(len(batch), len(slots), device=device)  # each thought has a step of its own
+        u = cfg.masks[0] + (cfg.masks[1] - cfg.masks[0]) * u
         t = (cfg.shift * u / (1 + (cfg.shift - 1) * u))[:, thought]
         with autocast(device, cfg.precision):
             clean = torch.cat([q, x0], dim=1)[:, : layout.c]
@@ -262,6 +395,17 @@ def train(cfg: Config, facts: dict, problems: Problems, device, seconds: float =
     if run.main:
         look(run.step)
         say(f"trained {run.seconds:.0f} s; wrote {run.curve()}")
+
+
+def matrices_of(blocks) -> list[Tensor]:
+    """The matrices of transformer blocks, without those of the step embedding, which are biases at work."""
+    return [p for name, p in blocks.named_parameters() if p.dim() == 2 and "ada" not in name]
+
+
+def turned(cfg: Config, problems: Problems, x0: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """Grids x0 (B, k), each as one of its symmetries shows it, and where their clues are then (B, k)."""
+    cells, values = problems.task.symmetry(len(x0), size_of(cfg), x0.device)
+    return values.gather(1, x0.gather(1, cells)), known.gather(1, cells)
 
 
 def snapshots(cfg: Config, process: Masked, model, x0: Tensor, clean: Tensor, t: Tensor) -> Tensor:
@@ -326,39 +470,75 @@ def row(name: str, scores: dict) -> str:
 
 
 def score(cfg: Config, facts: dict, model: TokenTransformer, problems: Problems, seconds: float) -> None:
-    """Print scores and rates of chains at 1 to 64 evaluations a thought, and the score of a vote."""
+    """Print the scores of test problems, by evaluations: of chains with their rates, of puzzles by order."""
     questions, truth = (part[: cfg.score_n] for part in (problems.question_test, problems.thoughts_test))
-    n, device = len(questions), next(model.parameters()).device
-    q = encode(facts, questions, truth)[:, : model.layout.q].to(device)
+    ids = asked(facts, questions).to(next(model.parameters()).device)
     size = f"{millions(model)}, trained {seconds:.0f} s"
-    say(f"score: n={n} test problems, seed {cfg.seed}; {device}, {torch.get_num_threads()} threads; {size}")
+    where = f"{ids.device}, {torch.get_num_threads()} threads"
+    say(f"score: n={len(questions)} test problems, seed {cfg.seed}; {where}; {size}")
+    if problems.is_puzzle:
+        score_puzzles(cfg, facts, model, problems, ids)
+    else:
+        score_chains(cfg, facts, model, problems, ids)
 
+
+def score_chains(cfg: Config, facts: dict, model: TokenTransformer, problems: Problems, ids: Tensor) -> None:
+    """Print scores and rates of chains at 1 to 64 evaluations a thought, and the score of a vote."""
+    questions, truth = (part[: len(ids)] for part in (problems.question_test, problems.thoughts_test))
     for steps in (1, 2, 4, 8, 16, 32, 64):
-        asked = dataclasses.replace(cfg, steps=steps)
-        chains = chains_of(asked, facts, model, q, cfg.seed)
-        line = row(f"{steps} evaluations", metrics.score_chains(chains, questions, truth, problems.check))
-        fast = rates(functools.partial(chains_of, asked, facts, model, seed=0), q) if steps <= 8 else ""
-        say(line + fast)
+        ask = functools.partial(chains_of, dataclasses.replace(cfg, steps=steps), facts, model, seed=cfg.seed)
+        line = row(f"{steps} evaluations", metrics.score_chains(ask(ids), questions, truth, problems.check))
+        say(line + (rates(ask, ids) if steps <= 8 else ""))
     if cfg.votes == 1:
         return
-    asked = dataclasses.replace(cfg, temperature=VOTE_TEMPERATURE)
-    runs = [chains_of(asked, facts, model, q, cfg.seed + 1000 * i) for i in range(cfg.votes)]
+    drawn = dataclasses.replace(cfg, temperature=VOTE_TEMPERATURE)
+    runs = [chains_of(drawn, facts, model, ids, cfg.seed + 1000 * i) for i in range(cfg.votes)]
     first = metrics.score_chains(runs[0], questions, truth, problems.check)
     say(row(f"temperature {VOTE_TEMPERATURE:g}", first))
     right = 0
     for question, true, *chains in zip(questions, truth, *runs, strict=True):
-        elected = metrics.majority(list(map(metrics.answer_of, chains)))
-        right += metrics.is_right(elected, question, true, problems.check)
-    say(f"  {f'vote of {cfg.votes} of those':22}  answer {right / n:.3f}")
+        right += metrics.is_right(metrics.majority(chains), question, true, problems.check)
+    say(f"  {f'vote of {cfg.votes} of those':22}  answer {right / len(ids):.3f}")
 
 
-def check_question(cfg: Config, facts: dict) -> None:
-    """Raise UserError where all training questions look alike, and the prompt does not."""
+def score_puzzles(cfg: Config, facts: dict, model: TokenTransformer, problems: Problems, ids: Tensor) -> None:
+    """Print a table of solved puzzles by order of unmasking, by evaluations and by the number of clues.
+
+    Then those that are solved in so many tries, in the order of cfg.
+    """
+    questions = problems.question_test[: len(ids)]
+    kinds = list(map(clues_of, questions))
+    names = sorted(set(kinds))
+    say("\n| order | evaluations | " + " | ".join(f"{name}, n={kinds.count(name)}" for name in names) + " |")
+    say("|---" * (2 + len(names)) + "|")
+
+    def table_row(name: str, evaluations: float, right: list[bool]) -> None:
+        shares = [metrics.share(r for r, kind in zip(right, kinds, strict=True) if kind == n) for n in names]
+        say(f"| {name} | {evaluations:.3g} | " + " | ".join(f"{share:.3f}" for share in shares) + " |")
+
+    for order in ("confident", "margin", "random"):
+        for steps in (1, 4, 16, model.layout.k):
+            chosen = dataclasses.replace(cfg, order=order, steps=steps, tries=1)
+            for evaluations, _, right in tries(chosen, facts, model, ids, questions, problems.check):
+                table_row(order, evaluations, right)
+    for i, (evaluations, _, right) in enumerate(tries(cfg, facts, model, ids, questions, problems.check)):
+        if i + 1 in (1, 2, 4, 8, 16, 32, 64, cfg.tries):
+            table_row(f"{cfg.order}, {i + 1} tries", evaluations, right)
+
+
+def check_question(cfg: Config, facts: dict) -> str:
+    """The prompt as a question of the task. Raises UserError where it is none."""
+    if facts["axes"]:
+        puzzle, remark = read_sudoku(cfg.prompt, cfg.side)
+        if remark:
+            say(f"{remark}: this is one")
+        return puzzle
     if facts["example"] not in (None, sevens(cfg.prompt)):
         looks = f"it must look like {facts['example']!r}"
         if cfg.dataset in TASKS:
             looks += ", least significant digit first"
         raise UserError(f"--prompt {cfg.prompt!r} is no question that this model has learned: {looks}")
+    return cfg.prompt
 
 
 def main(cfg: Config) -> None:
@@ -366,13 +546,13 @@ def main(cfg: Config) -> None:
     device, given = pick_device(cfg.device), cfg.sample_from or cfg.score_from
     if cfg.prompt:
         model, facts, _ = load_model(cfg, Path(given), device)
-        check_question(cfg, facts)
-        show(cfg.out, "focus", focus(cfg, facts, model, cfg.prompt))
+        show(cfg.out, "focus", focus(cfg, facts, model, check_question(cfg, facts)))
         return
-    problems = load_problems(cfg.dataset, cfg.digits, cfg.terms, cfg.train_n, cfg.form)
+    problems = load_problems(cfg.dataset, size_of(cfg), cfg.train_n, cfg.form)
     if problems.note:
         say(problems.note)
-    path, facts = Path(given or f"{cfg.out}/last.pt"), chain_facts(problems, spaces=cfg.dataset not in TASKS)
+    path = Path(given or f"{cfg.out}/last.pt")
+    facts = chain_facts(problems, cfg.dataset not in TASKS, size_of(cfg))
     done = not given and finished(cfg, cfg.out, cfg.max_steps)
     if done and path.with_name("curve.png").exists():
         say(f"{path} is finished: loaded, not trained again")

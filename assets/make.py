@@ -1,6 +1,6 @@
 """Draws the README's pictures from finished runs of its commands.
 
-python assets/make.py               from out/fashionmnist, out/grammar, out/mult and out/bench
+python assets/make.py               from out/{fashionmnist,grammar,mult,sudoku,bench}
 """
 
 import shutil
@@ -88,7 +88,9 @@ def main(cfg: Config) -> None:
     frames[0].save(out / "forming.gif", save_all=True, append_images=frames[1:], duration=hold, loop=0)
     shutil.copy(runs / "fashionmnist/samples/grid.png", out / "fashionmnist.png")
     shutil.copy(runs / "bench/images/quality.png", out / "quality.png")
-    shutil.copy(runs / "bench/reason/curves.png", out / "reason.png")
+    shutil.copy(runs / "sudoku/samples/focus.png", out / "sudoku.png")
+    shutil.copy(runs / "bench/sudoku/correct.png", out / "again.png")
+    shutil.copy(runs / "bench/mult/curves.png", out / "reason.png")
     print("wrote", ", ".join(str(path) for path in sorted(out.glob("*.[gp][in][fg]"))))
 
 

@@ -1,8 +1,9 @@
-"""The autoregressive GPT-2s that stand beside ours: one reads a class, the other a question."""
+"""The autoregressive GPT-2s that stand beside ours: one reads a class, the other a question or a puzzle."""
 
 import torch
 from torch import Tensor, nn
 
+from blocks import Layout
 from vae import Reader
 
 
@@ -22,14 +23,28 @@ class LabelGPT(Reader):
         return self.cross_entropy(self.read(y), target)
 
 
+class Places(nn.Module):
+    """Embeddings of positions that add up one for each axis, as our own denoiser has them."""
+
+    def __init__(self, layout: Layout, D: int):
+        super().__init__()
+        self.table = nn.Embedding(layout.places, D)
+        self.register_buffer("axes", layout.axes, persistent=False)
+
+    def forward(self, position: Tensor) -> Tensor:
+        return self.table(self.axes[position]).sum(-2)
+
+
 class QuestionGPT(Reader):
     """A GPT-2 that reads a question's ids (B, q), -1 for padding, and writes a chain.
 
-    Its end token is the last of its vocabulary.
+    Its end token is the last of its vocabulary. layout: where its positions stand on more axes than one.
     """
 
-    def __init__(self, decoder):
+    def __init__(self, decoder, layout: Layout | None = None):
         super().__init__(decoder, nn.Identity(), decoder.config.vocab_size - 1)
+        if layout is not None:
+            decoder.transformer.wpe = Places(layout, decoder.config.n_embd)
 
     def read(self, q: Tensor) -> Tensor:
         """The prefix (B, q, D) of questions q (B, q)."""

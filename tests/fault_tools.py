@@ -5,6 +5,7 @@ import fnmatch
 import functools
 import importlib
 import os
+import random
 import shutil
 import signal
 import sys
@@ -18,7 +19,7 @@ import torch
 from conftest import SMALL_REASON, SMALL_TEXT, TINY
 
 import training
-from tasks import grammar_texts, make_problems
+from tasks import TASKS, USUAL, grammar_texts
 
 ROOT = Path(training.__file__).parent
 WORK = Path(os.environ.get("FAULTS") or tempfile.mkdtemp(prefix="faults_"))
@@ -40,11 +41,11 @@ def prepare() -> None:
     torch.set_num_threads(1)
     datasets.config.HF_DATASETS_CACHE = WORK / "cache"
     (WORK / "cwd").mkdir()
-    texts, sums = grammar_texts().train, make_problems("sums", (1, 1), 4, 300, 30)
+    texts, rng = grammar_texts().train, random.Random(0)
+    sums = dict(TASKS["sums"].make(rng, USUAL) for _ in range(330))
     CSV.write_text("text,label\n" + "".join(f"{x},{texts.y[i]}\n" for i, x in enumerate(texts.x[:200])))
-    chains = zip(sums.question + sums.question_test, sums.thoughts + sums.thoughts_test, strict=True)
     TXT.write_text(
-        "".join(f"{question}||<<{'>> <<'.join(most)}>> {end}\n" for question, (*most, end) in chains)
+        "".join(f"{question}||<<{'>> <<'.join(most)}>> {end}\n" for question, (*most, end) in sums.items())
     )
     for name in IMPORTS.split():
         importlib.import_module(name)
