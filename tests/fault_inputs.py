@@ -146,15 +146,16 @@ def oddity(kind: str, rng: random.Random, state: dict) -> bytes:
             state | dict(config=state["config"] | {rng.choice(["new", "kind", "__class__", "self", ""]): 1})
         )
     if kind == "opt":
-        opt = copy.deepcopy(state["opt"])
+        name = rng.choice([name for name in training.KEPT if name in state])
+        opt = copy.deepcopy(state[name])
         one, group = opt["state"][rng.choice(list(opt["state"]))], opt["param_groups"][0]
         part, key = rng.choice(
             [(opt["state"], 0), (group, "lr"), (group, "params"), *((one, key) for key in one)]
         )
         part[key] = rng.choice(
-            [odd, part[key][:-1] if key == "params" else None, one["exp_avg"].flatten()[:1]]
+            [odd, part[key][:-1] if key == "params" else None, list(one.values())[-1].flatten()[:1]]
         )
-        return saved(state | dict(opt=opt))
+        return saved(state | {name: opt})
     place = rng.choice(["config", "facts", "model", "ema"]) if kind == "lacks" else kind
     new = dict(state[place])
     name = rng.choice(list(new))
