@@ -33,6 +33,8 @@ class Layout:
         self.place = torch.cat([torch.arange(self.c), self.q + torch.arange(self.k)])  # (L,)
         more = torch.tensor(axes or [[]] * (self.q + self.k), dtype=torch.long)
         axes = torch.cat([torch.arange(self.q + self.k)[:, None], more], dim=1)
+        if axes.min() < 0:
+            raise ValueError(f"axes must be numbers from 0 on, got {axes.min()}")
         sizes = axes.amax(0) + 1
         self.places = int(sizes.sum())  # on all axes, one after the other
         self.axes = axes + sizes.cumsum(0) - sizes  # (q + k, A)

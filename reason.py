@@ -26,7 +26,6 @@ import metrics
 from blocks import Layout, TokenTransformer, doubt, generate
 from diffusion import Masked
 from files import UserError, figure, is_main, load_checkpoint, load_weights, reading, say, show
-from puzzles import clues_of, read_sudoku
 from tasks import ANSWER, TASKS, USUAL, Problems, Size, Tokens, load_problems
 from training import (
     Run,
@@ -45,6 +44,7 @@ from training import (
 
 EVAL = "step,seconds,answer,chain"  # the columns of eval.csv
 VOTE_TEMPERATURE = 0.5  # at which the chains of a majority vote are drawn
+SHOWN_TRIES = (1, 2, 4, 8, 16, 32, 64, 128)  # of a score
 RETRY_TEMPERATURE = 1.0  # at which a problem is tried again
 
 
@@ -266,12 +266,18 @@ def focus(cfg: Config, facts: dict, model: TokenTransformer, question: str) -> l
     """The chain of one question as it comes into focus: "_" is a token still masked.
 
     A line for each step, or for a puzzle four grids side by side; its cells by the step at which they were
-    settled are drawn as samples/focus.png.
+    settled are drawn as samples/focus.png. Shown is the first try that is right, or the last of cfg.tries.
     """
     tokens, lines = Tokens(facts["alphabet"]), [f"question  {question}"]
+    check = TASKS[cfg.dataset].check if cfg.dataset in TASKS else None
     ids = asked(facts, [question]).to(next(model.parameters()).device)
-    with autocast(ids.device, cfg.precision):
-        states = [(0, ids[:, model.layout.q :]), *think(cfg, model, ids, cfg.seed)]
+    for i in range(cfg.tries):
+        with autocast(ids.device, cfg.precision):
+            states = [(0, ids[:, model.layout.q :]), *think(at_try(cfg, i), model, ids, cfg.seed + i)]
+        right = check is None or metrics.is_right(decode(facts, states[-1][1])[0], question, None, check)
+        if right:
+            break
+    lines += [] if right else [f"not solved; more than --tries {cfg.tries} may help"]
     if facts["axes"]:
         draw_settled(states, facts, Path(cfg.out) / "samples" / "focus.png")
         return lines + side_by_side(facts, states)
@@ -296,17 +302,22 @@ def draw_settled(states: list, facts: dict, path: Path) -> None:
     """Draw an answer, each cell in the colour of the step at which it was settled; clues are white."""
     side, mask_id = math.isqrt(len(facts["axes"])), len(facts["alphabet"]) + 1
     when = sum((xt[0] == mask_id).long() for _, xt in states).view(side, side).tolist()
-    digits = iter(states[-1][1][0].tolist())
+    characters = iter(decode(facts, states[-1][1])[0][0].split())
     with figure(path, (4.6, 4)) as (fig, ax):
         image = ax.imshow([[step or math.nan for step in row] for row in when], cmap="viridis_r")
         for row, column in itertools.product(range(side), repeat=2):
             style = dict(weight="normal" if when[row][column] else "bold", ha="center", va="center")
-            ax.text(column, row, str(next(digits)), **style)
+            ax.text(column, row, next(characters), **style)
         ax.set(xticks=[], yticks=[])
         fig.colorbar(image, label="settled at evaluation")
 
 
 # -- thinking again ---------------------------------------------------------------------------------------
+
+
+def at_try(cfg: Config, i: int) -> Config:
+    """The settings of try i: all but the first are drawn."""
+    return dataclasses.replace(cfg, temperature=RETRY_TEMPERATURE) if i else cfg
 
 
 def remasked(cfg: Config, model: TokenTransformer, ids: Tensor, x: Tensor, seed: int) -> Tensor:
@@ -320,7 +331,7 @@ def remasked(cfg: Config, model: TokenTransformer, ids: Tensor, x: Tensor, seed:
         doubts = doubt(model, q, x, torch.Generator().manual_seed(seed)).masked_fill(given, -1.0)
     most = (cfg.remask * (~given).sum(1, keepdim=True)).ceil()
     rank = doubts.argsort(1, descending=True).argsort(1)
-    return torch.cat([q, x.masked_fill((rank < most) & ~given, model.mask_id)], dim=1)
+    return torch.cat([q, x.masked_fill(rank < most, model.mask_id)], dim=1)
 
 
 def evaluations(cfg: Config, model: TokenTransformer, ids: Tensor) -> int:
@@ -336,13 +347,12 @@ def tries(cfg: Config, facts: dict, model: TokenTransformer, ids: Tensor, questi
     """
     x, right, spent = ids[:, model.layout.q :].clone(), torch.zeros(len(ids), dtype=torch.bool), 0
     for i in range(cfg.tries):
-        how = dataclasses.replace(cfg, temperature=RETRY_TEMPERATURE) if i else cfg
         for part in (~right).nonzero()[:, 0].split(1000):
             start = ids[part]
             if i and cfg.remask < 1:
                 start = remasked(cfg, model, start, x[part], cfg.seed + i)
                 spent += 2 * len(part)  # in which the model doubts each token
-            x[part] = conclude(how, model, start, cfg.seed + i)
+            x[part] = conclude(at_try(cfg, i), model, start, cfg.seed + i)
             spent += evaluations(cfg, model, start)
         chains = decode(facts, x)
         right = torch.tensor(
@@ -489,6 +499,11 @@ def score_chains(cfg: Config, facts: dict, model: TokenTransformer, problems: Pr
         ask = functools.partial(chains_of, dataclasses.replace(cfg, steps=steps), facts, model, seed=cfg.seed)
         line = row(f"{steps} evaluations", metrics.score_chains(ask(ids), questions, truth, problems.check))
         say(line + (rates(ask, ids) if steps <= 8 else ""))
+    if cfg.tries > 1 and problems.check:
+        for i, (spent, chains, _) in enumerate(tries(cfg, facts, model, ids, questions, problems.check)):
+            if i + 1 in SHOWN_TRIES:
+                scores = metrics.score_chains(chains, questions, truth, problems.check)
+                say(row(f"{i + 1} tries, {spent:.3g} evals", scores))
     if cfg.votes == 1:
         return
     drawn = dataclasses.replace(cfg, temperature=VOTE_TEMPERATURE)
@@ -507,7 +522,7 @@ def score_puzzles(cfg: Config, facts: dict, model: TokenTransformer, problems: P
     Then those that are solved in so many tries, in the order of cfg.
     """
     questions = problems.question_test[: len(ids)]
-    kinds = list(map(clues_of, questions))
+    kinds = list(map(problems.task.kind, questions))
     names = sorted(set(kinds))
     say("\n| order | evaluations | " + " | ".join(f"{name}, n={kinds.count(name)}" for name in names) + " |")
     say("|---" * (2 + len(names)) + "|")
@@ -517,19 +532,19 @@ def score_puzzles(cfg: Config, facts: dict, model: TokenTransformer, problems: P
         say(f"| {name} | {evaluations:.3g} | " + " | ".join(f"{share:.3f}" for share in shares) + " |")
 
     for order in ("confident", "margin", "random"):
-        for steps in (1, 4, 16, model.layout.k):
+        for steps in sorted({1, 4, 16, model.layout.k}):
             chosen = dataclasses.replace(cfg, order=order, steps=steps, tries=1)
             for evaluations, _, right in tries(chosen, facts, model, ids, questions, problems.check):
                 table_row(order, evaluations, right)
     for i, (evaluations, _, right) in enumerate(tries(cfg, facts, model, ids, questions, problems.check)):
-        if i + 1 in (1, 2, 4, 8, 16, 32, 64, cfg.tries):
+        if i + 1 in SHOWN_TRIES:
             table_row(f"{cfg.order}, {i + 1} tries", evaluations, right)
 
 
 def check_question(cfg: Config, facts: dict) -> str:
     """The prompt as a question of the task. Raises UserError where it is none."""
     if facts["axes"]:
-        puzzle, remark = read_sudoku(cfg.prompt, cfg.side)
+        puzzle, remark = TASKS[cfg.dataset].read(cfg.prompt, size_of(cfg))
         if remark:
             say(f"{remark}: this is one")
         return puzzle

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from data import Split, Texts, hold_out_texts, text_of
 from files import UserError
-from puzzles import cell_axes, check_sudoku, make_sudoku, sudoku_symmetry
+from puzzles import cell_axes, check_sudoku, clues_of, make_sudoku, read_sudoku, sudoku_symmetry
 from tables import KINDS, lines_of, read_tables
 
 OFFLINE = (
@@ -200,9 +200,10 @@ def read_step(text: str) -> tuple[int, int, int]:
 class Task:
     """make(rng, size) gives a question and its thoughts; check(question, thoughts) is True if they are right.
 
-    check may raise ValueError for an answer that it cannot read: that is a wrong one. A puzzle has two more.
+    check may raise ValueError for an answer that it cannot read: that is a wrong one. A puzzle has four more.
     axes(size): where each cell stands, a number for each axis. symmetry(B, size, device): for each of B
     grids the cell that comes to each place, and what each token becomes; training sees all of them.
+    read(text, size): a puzzle as a user writes it, and a remark. kind(puzzle): under which it is scored.
     held_out: one in so many questions is a test question; test_n: at most so many of them.
     """
 
@@ -210,6 +211,8 @@ class Task:
     check: Callable
     axes: Callable | None = None
     symmetry: Callable | None = None
+    read: Callable | None = None
+    kind: Callable | None = None
     held_out: int = 10
     test_n: int = 2000
 
@@ -229,6 +232,8 @@ TASKS = {
         check=lambda puzzle, chain: check_sudoku(puzzle, "".join(chain[-1].split())),
         axes=lambda size: cell_axes(size.side),
         symmetry=lambda B, size, device: sudoku_symmetry(B, size.side, device),
+        read=lambda text, size: read_sudoku(text, size.side),
+        kind=clues_of,
         held_out=3,  # they take a while to make
         test_n=750,
     ),
