@@ -45,7 +45,6 @@ from training import (
 EVAL = "step,seconds,answer,chain"  # the columns of eval.csv
 VOTE_TEMPERATURE = 0.5  # at which the chains of a majority vote are drawn
 SHOWN_TRIES = (1, 2, 4, 8, 16, 32, 64, 128)  # of a score
-RETRY_TEMPERATURE = 1.0  # at which a problem is tried again
 
 
 class Facts(TypedDict):
@@ -93,6 +92,7 @@ class Config:
     temperature: float = 0.0  # of the tokens that are drawn; 0 takes the likeliest
     votes: int = 5  # chains of a majority vote; 1: no vote
     tries: int = 1  # at most so many for each problem, where there is a check to tell whether it is solved
+    try_temperature: float = 1.0  # of all tries but the first
     remask: float = 1.0  # share of the tokens, those that are the least sure, that a new try masks again
     prompt: str | None = None  # a question of your own, answered from --sample_from
     score_n: int = 500  # test problems of a score
@@ -122,7 +122,7 @@ class Config:
         need(self, "width", 16, 16_384)
         need(self, "depth votes tries", 1, 1000)
         need(self, "remask", 0.01, 1)
-        need(self, "temperature", 0, 100)
+        need(self, "temperature try_temperature", 0, 100)
         need(self, "terms", 2, 6 if self.dataset == "countdown" else 100)  # more take long to be found
         need(self, "snapshot", 0, 1)
         need(self, "snapshot_temperature", 0.1, 100)
@@ -142,7 +142,7 @@ class Config:
 
 RECIPES = {  # what a data set has in place of the defaults; flags override both
     "sudoku": dict(train_n=1500, depth=6, batch_size=64, max_steps=6000, masks=(0.2, 0.8), shift=1.0)
-    | dict(steps=81, sample_every=1000, score_n=300),
+    | dict(steps=81, try_temperature=2.5, sample_every=1000, score_n=300),
     "countdown": dict(terms=3, passes="single"),
 }
 
@@ -317,7 +317,7 @@ def draw_settled(states: list, facts: dict, path: Path) -> None:
 
 def at_try(cfg: Config, i: int) -> Config:
     """The settings of try i: all but the first are drawn."""
-    return dataclasses.replace(cfg, temperature=RETRY_TEMPERATURE) if i else cfg
+    return dataclasses.replace(cfg, temperature=cfg.try_temperature) if i else cfg
 
 
 def remasked(cfg: Config, model: TokenTransformer, ids: Tensor, x: Tensor, seed: int) -> Tensor:
@@ -343,7 +343,7 @@ def evaluations(cfg: Config, model: TokenTransformer, ids: Tensor) -> int:
 def tries(cfg: Config, facts: dict, model: TokenTransformer, ids: Tensor, questions: list[str], check):
     """Yield (evaluations a problem so far, chains, which of them are right) after each of cfg.tries.
 
-    A chain that passes the check is kept; any other is tried again, remasked, at RETRY_TEMPERATURE.
+    A chain that passes the check is kept; any other is tried again, remasked, at cfg.try_temperature.
     """
     x, right, spent = ids[:, model.layout.q :].clone(), torch.zeros(len(ids), dtype=torch.bool), 0
     for i in range(cfg.tries):

@@ -278,7 +278,7 @@ def test_what_is_right_is_kept_and_the_rest_tried_again(remask, varied_grids, mo
     cfg = dataclasses.replace(cfg, tries=4, seed=7, remask=remask)
     spent, chains, right = zip(*reason.tries(cfg, facts, model, ids, questions, problems.check), strict=True)
     temperature, many, seeds, masked = zip(*calls, strict=True)
-    assert temperature == (0.0, *[reason.RETRY_TEMPERATURE] * 3)
+    assert temperature == (0.0, *[cfg.try_temperature] * 3)
     assert many == (12, 8, 7, 6)
     assert len(set(seeds)) == 4
     assert all(most == 2 for most in masked[1:]) == (remask < 1)
