@@ -79,11 +79,12 @@ class Config:
     width: int = 128  # width of the model
     depth: int = 4  # number of blocks
     # -- optimisation --
-    max_steps: int = 1000  # optimizer steps
+    max_steps: int = 800  # optimizer steps
     batch_size: int = 128  # problems of a step, over all processes
     lr: float = 2e-3  # AdamW's learning rate after warm-up
     muon_lr: float = 0.02  # likewise Muon's, which trains the matrices of the blocks
     warmup: int = 200  # steps of linear warm-up
+    cooldown: float = 0.2  # share of the steps, the last ones, in which the learning rates fall to 0
     ema_decay: float = 0.999  # upper limit of the EMA's decay; it ramps as (1 + step) / (10 + step)
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware has it
     # -- sampling --
@@ -124,7 +125,7 @@ class Config:
         need(self, "remask", 0.01, 1)
         need(self, "temperature try_temperature", 0, 100)
         need(self, "terms", 2, 6 if self.dataset == "countdown" else 100)  # more take long to be found
-        need(self, "snapshot", 0, 1)
+        need(self, "snapshot cooldown", 0, 1)
         need(self, "snapshot_temperature", 0.1, 100)
         need(self, "shift", 0.01, 100)
         need(self, "muon_lr", 1e-9, 1)
@@ -143,7 +144,8 @@ class Config:
 RECIPES = {  # what a data set has in place of the defaults; flags override both
     "sudoku": dict(train_n=1500, depth=6, batch_size=64, max_steps=6000, masks=(0.2, 0.8), shift=1.0)
     | dict(steps=81, try_temperature=2.5, sample_every=1000, score_n=300),
-    "countdown": dict(terms=3, passes="single"),
+    "countdown": dict(terms=3, passes="single", train_n=200_000, depth=6, max_steps=8000, shift=1.0)
+    | dict(steps=64, sample_every=1000),
 }
 
 
@@ -376,7 +378,17 @@ def train(cfg: Config, facts: dict, problems: Problems, device, seconds: float =
     questions, truth = problems.question_test[:200], problems.thoughts_test[:200]
     ids_test = asked(facts, questions).to(device)
     matrices = matrices_of(model.body.blocks)
-    run = Run(cfg, model, device, facts, cfg.out, cfg.max_steps, cfg.batch_size, matrices=matrices)
+    run = Run(
+        cfg,
+        model,
+        device,
+        facts,
+        cfg.out,
+        cfg.max_steps,
+        cfg.batch_size,
+        matrices=matrices,
+        cooldown=cfg.cooldown,
+    )
     size = f"{millions(model)}, {len(ids)} training problems"
     say(f"{run.out}: {size}; {device}, {run.world} process(es)")
 

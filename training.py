@@ -51,8 +51,8 @@ from files import (
 # that says nothing of what its weights have learned. All other fields are fixed, also one that is added
 # tomorrow. The path of the data is free: its checksum, among the facts, says what data it is.
 FREE = frozenset(
-    "dataset out device data_dir precision max_steps vae_steps diffusion_steps lr muon_lr warmup ema_decay "
-    "log_every sample_every save_every resume sample_from score_from sampler order steps guidance "
+    "dataset out device data_dir precision max_steps vae_steps diffusion_steps lr muon_lr cooldown warmup "
+    "ema_decay log_every sample_every save_every resume sample_from score_from sampler order steps guidance "
     "temperature try_temperature top_p votes tries remask prompt score_n classes n".split()
 )
 OF_THE_TRAINING = frozenset("seed batch_size".split())  # free too where nothing is trained
@@ -346,7 +346,8 @@ class Run:
     resume are read here. facts: what the data says and sampling needs, in plain types; a resumed run must
     agree with it. extra: tensors that sampling needs, kept in the checkpoint as they are (a frozen network).
     free: the fields that a resumed run may change. matrices: weights that Muon is to train at the rate of
-    cfg.muon_lr, AdamW all others. run.model is the network to train, run.ema the averaged
+    cfg.muon_lr, AdamW all others. cooldown: share of the steps, the last ones, in which the rates fall to 0.
+    run.model is the network to train, run.ema the averaged
     one to sample from. Raises UserError where the folder holds a run already and cfg.resume is off, where the
     two do not fit, or where another process is at work in the folder.
     """
@@ -363,8 +364,9 @@ class Run:
         extra=None,
         free=FREE,
         matrices=(),
+        cooldown: float = 0.0,
     ):
-        self.cfg, self.facts, self.extra = cfg, facts, extra or {}
+        self.cfg, self.facts, self.extra, self.cooldown = cfg, facts, extra or {}, cooldown
         self.device, self.out, self.max_steps, self.batch_size = device, Path(out), max_steps, batch_size
         self.step, self.seconds, self.losses = 0, 0.0, []
         self.main, self.rank, self.world = is_main(), int(os.environ.get("RANK", 0)), world_size()
@@ -458,8 +460,11 @@ class Run:
         """One step on a scalar loss: backward, clip the gradient to norm 1, optimizers with warm-up, EMA."""
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        rate = min(1.0, self.step / max(1, self.cfg.warmup))
+        if self.cooldown:
+            rate = min(rate, (self.max_steps + 1 - self.step) / (self.cooldown * self.max_steps))
         for name, opt in self.opts.items():
-            opt.param_groups[0]["lr"] = self.highest[name] * min(1.0, self.step / max(1, self.cfg.warmup))
+            opt.param_groups[0]["lr"] = self.highest[name] * rate
             opt.step()
             opt.zero_grad()
         self.ema.update_parameters(self.net)

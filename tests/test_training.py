@@ -34,6 +34,7 @@ class Config:
     batch_size: int = 4
     lr: float = 1e-2
     muon_lr: float = 0.0  # above 0, Muon trains the matrix
+    cooldown: float = 0.0
     warmup: int = 4
     ema_decay: float = 0.9
     log_every: int = 2
@@ -51,7 +52,8 @@ X = torch.randn(32, 3, generator=torch.Generator().manual_seed(0))
 def begin(cfg, inputs=3, samples=32):
     net, facts = torch.nn.Linear(inputs, 1), dict(samples=samples)
     matrices = [net.weight] if cfg.muon_lr else []
-    return Run(cfg, net, CPU, facts, cfg.out, cfg.max_steps, cfg.batch_size, matrices=matrices)
+    more = dict(matrices=matrices, cooldown=cfg.cooldown)
+    return Run(cfg, net, CPU, facts, cfg.out, cfg.max_steps, cfg.batch_size, **more)
 
 
 def toy(cfg, poison=0, noise=0.1):
@@ -114,6 +116,14 @@ def test_update_is_the_optimizers_with_warmup_clipping_and_a_ramped_ema(muon_lr,
     torch.testing.assert_close(run.net.weight, net.weight, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(run.ema.module.weight, ema, rtol=1e-5, atol=1e-6)
     assert not torch.equal(run.ema.module.weight, run.net.weight)
+
+
+def test_rates_rise_in_the_warmup_and_fall_to_0_in_the_last_steps(tmp_path):
+    run = toy(Config(str(tmp_path), muon_lr=0.05, cooldown=0.4, log_every=1))
+    rows = [line.split(",") for line in (tmp_path / "log.csv").read_text().splitlines()[1:]]
+    shares = [float(row[2]) / 1e-2 for row in rows]
+    assert shares == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1, 0.75, 0.5, 0.25], rel=0.01)
+    assert run.opts["muon"].param_groups[0]["lr"] == pytest.approx(0.05 / 4)
 
 
 @pytest.mark.parametrize("muon_lr", [0.0, 0.05])
