@@ -142,9 +142,9 @@ class Config:
 
 
 RECIPES = {  # what a data set has in place of the defaults; flags override both
-    "sudoku": dict(train_n=1500, depth=6, batch_size=64, max_steps=6000, masks=(0.2, 0.8), shift=1.0)
+    "sudoku": dict(train_n=1500, depth=6, batch_size=64, max_steps=7500, masks=(0.2, 0.8), shift=1.0)
     | dict(steps=81, try_temperature=2.5, sample_every=1000, score_n=300),
-    "countdown": dict(terms=3, passes="single", train_n=200_000, depth=6, max_steps=8000, shift=1.0)
+    "countdown": dict(terms=3, passes="single", train_n=200_000, depth=6, max_steps=10_000, shift=1.0)
     | dict(steps=64, sample_every=1000),
 }
 
@@ -292,19 +292,24 @@ def focus(cfg: Config, facts: dict, model: TokenTransformer, question: str) -> l
 
 def side_by_side(facts: dict, states: list) -> list[str]:
     """Four grids of a puzzle, from the clues to the answer."""
-    tokens, side = Tokens(facts["alphabet"] + "_"), math.isqrt(len(facts["axes"]))
-    grids = [tokens.text(states[(len(states) - 1) * i // 3][1][0].tolist()).split() for i in range(4)]
-    lines = []
+    side, lines = math.isqrt(len(facts["axes"])), []
+    grids = [characters_of(facts, states[(len(states) - 1) * i // 3][1]) for i in range(4)]
     for row in range(side):
         lines.append("    ".join(" ".join(grid[row * side :][:side]) for grid in grids))
     return lines
+
+
+def characters_of(facts: dict, xt: Tensor) -> list[str]:
+    """The character of each of the ids xt (1, k): "_" for the mask."""
+    tokens = Tokens(facts["alphabet"] + "_")
+    return [tokens.text([token]) or " " for token in xt[0].tolist()]
 
 
 def draw_settled(states: list, facts: dict, path: Path) -> None:
     """Draw an answer, each cell in the colour of the step at which it was settled; clues are white."""
     side, mask_id = math.isqrt(len(facts["axes"])), len(facts["alphabet"]) + 1
     when = sum((xt[0] == mask_id).long() for _, xt in states).view(side, side).tolist()
-    characters = iter(decode(facts, states[-1][1])[0][0].split())
+    characters = iter(characters_of(facts, states[-1][1]))
     with figure(path, (4.6, 4)) as (fig, ax):
         image = ax.imshow([[step or math.nan for step in row] for row in when], cmap="viridis_r")
         for row, column in itertools.product(range(side), repeat=2):
