@@ -311,10 +311,16 @@ def draw_settled(states: list, facts: dict, path: Path) -> None:
     when = sum((xt[0] == mask_id).long() for _, xt in states).view(side, side).tolist()
     characters = iter(characters_of(facts, states[-1][1]))
     with figure(path, (4.6, 4)) as (fig, ax):
-        image = ax.imshow([[step or math.nan for step in row] for row in when], cmap="viridis_r")
+        image = ax.imshow([[step or math.nan for step in row] for row in when], cmap="viridis_r", alpha=0.6)
         for row, column in itertools.product(range(side), repeat=2):
             style = dict(weight="normal" if when[row][column] else "bold", ha="center", va="center")
             ax.text(column, row, next(characters), **style)
+        for cell, (*_, box) in enumerate(facts["axes"]):  # a line where another box begins
+            row, column = divmod(cell, side)
+            if column and facts["axes"][cell - 1][-1] != box:
+                ax.plot([column - 0.5] * 2, [row - 0.5, row + 0.5], "k")
+            if row and facts["axes"][cell - side][-1] != box:
+                ax.plot([column - 0.5, column + 0.5], [row - 0.5] * 2, "k")
         ax.set(xticks=[], yticks=[])
         fig.colorbar(image, label="settled at evaluation")
 

@@ -89,7 +89,7 @@ def main(cfg: Config) -> None:
     shutil.copy(runs / "fashionmnist/samples/grid.png", out / "fashionmnist.png")
     shutil.copy(runs / "bench/images/quality.png", out / "quality.png")
     shutil.copy(runs / "sudoku/samples/focus.png", out / "sudoku.png")
-    shutil.copy(runs / "bench/sudoku/correct.png", out / "again.png")
+    shutil.copy(runs / "bench/mult/correct.png", out / "again.png")
     shutil.copy(runs / "bench/mult/curves.png", out / "reason.png")
     print("wrote", ", ".join(str(path) for path in sorted(out.glob("*.[gp][in][fg]"))))
 

@@ -2,7 +2,7 @@
 
 python -m bench.reason                        ours, multi- and single-pass; GPT-2 with its chain and without
 python -m bench.reason --dataset sudoku       the same on another task; --run.NAME is the flag of reason.py
-python -m bench.reason --correct              one thought is spoilt: is the answer right all the same?
+python -m bench.reason --correct --run.remask 0.3     one thought is spoilt: is the answer right all the same?
 
 All networks are as wide and as deep as each other, and see the same problems for the same seconds. GPT-2
 writes by transformers' `generate`, with its cache; a puzzle's cells it reads and writes row after row.
@@ -402,7 +402,7 @@ def draw_curves(path: Path, curves: dict[str, list[tuple[float, float]]]) -> Non
         for name, points in curves.items():
             ax.plot(*zip(*points, strict=True), "o-", label=name)
         ax.set(xlabel="evaluations of the denoiser for each problem", ylabel="right answers", ylim=(0, 1.02))
-        ax.legend()
+        ax.legend(loc="lower right")
     say(f"wrote {path}")
 
 
