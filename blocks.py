@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion import Body, StepEmbedding, unmask
+from diffusion import Body, StepEmbedding, sureness, uniform, unmask
 
 
 class Layout:
@@ -54,6 +54,17 @@ def block_causal(owner: Tensor, noised: Tensor) -> Tensor:
     return own | before
 
 
+class Places(nn.Embedding):
+    """Embeddings of the positions in a layout, added up over its axes."""
+
+    def __init__(self, layout: Layout, D: int):
+        super().__init__(layout.places, D)
+        self.register_buffer("axes", layout.axes, persistent=False)
+
+    def forward(self, place: Tensor) -> Tensor:
+        return super().forward(self.axes[place]).sum(-2)
+
+
 class TokenTransformer(nn.Module):
     """Denoiser of tokens: logits (B, k, V) of all blocks xt (B, k), masked where they hold mask_id = V.
 
@@ -65,12 +76,12 @@ class TokenTransformer(nn.Module):
         super().__init__()
         self.mask_id, self.layout = V, layout
         self.token, self.clean = nn.Embedding(V + 1, D), nn.Embedding(V, D)
-        self.place = nn.Embedding(layout.places, D)
+        self.place = Places(layout, D)
         self.level, self.body = StepEmbedding(D), Body(D, depth, heads, V)
         # A head for each axis sees only what shares it; the others, of which there is one at least, see all.
         free = torch.ones(heads - len(layout.share), *layout.share.shape[1:], dtype=torch.bool)
         self.register_buffer("share", torch.cat([layout.share, free]), persistent=False)
-        for name in ("owner", "place", "see", "axes"):
+        for name in ("owner", "place", "see"):
             self.register_buffer(f"layout_{name}", getattr(layout, name), persistent=False)
 
     def forward(self, xt: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -83,7 +94,7 @@ class TokenTransformer(nn.Module):
         """
         n = xt.shape[1]
         h = torch.cat([self.clean(clean), self.token(xt)], dim=1)  # (B, m + n, D)
-        h += self.place(self.layout_axes[place]).sum(-2)
+        h += self.place(place)
         if len(self.layout.share):  # what is in the cache stands before the rest
             column = torch.cat([torch.arange(cache[0][0].shape[2] if cache else 0, device=h.device), place])
             share = self.share[:, place][..., column]
@@ -134,15 +145,10 @@ def doubt(model, question: Tensor, x: Tensor, generator=None) -> Tensor:
 
     Two evaluations, since each half of the tokens is masked once; blocks stand on those before as they are.
     """
-    half = (
-        torch.rand(x.shape, generator=generator, device="cpu" if generator else x.device).to(x.device) < 0.5
-    )
-    doubts, clean = (
-        torch.empty(x.shape, device=x.device),
-        torch.cat([question, x], dim=1)[:, : model.layout.c],
-    )
+    half = uniform(x, generator) < 0.5
+    clean = torch.cat([question, x], dim=1)[:, : model.layout.c]
+    doubts = torch.empty(x.shape, device=x.device)
     for hidden in (half, ~half):
         logits = model(x.masked_fill(hidden, model.mask_id), hidden.float().mean(1), clean).float()
-        p = logits.softmax(-1).gather(-1, x[..., None])[..., 0]
-        doubts = torch.where(hidden, 1 - p, doubts)
+        doubts = torch.where(hidden, 1 - sureness(logits, x, "confident"), doubts)
     return doubts

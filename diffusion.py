@@ -304,24 +304,26 @@ def unmask(
     the widest gap between the two likeliest (2502.06768), "random" any (MDLM eq. 7). temperature: of the
     tokens' distribution; 0 takes the likeliest. generator: one on the CPU gives the same draws on any device.
     """
-
-    def rand(*shape) -> Tensor:
-        return torch.rand(shape, generator=generator, device="cpu" if generator else xt.device).to(xt.device)
-
     masked = xt == mask_id
     n = masked.sum(1)  # (B,)
     wanted = n.clamp(max=steps)  # evaluations of each sequence, which is whole when it has had them
     for i in range(1, 1 + max(wanted.tolist(), default=0)):
         left = (n * (wanted - i).clamp(min=0) / wanted.clamp(min=1)).round()
         logits = model(xt, masked.float().mean(1), y).float()
-        noise = -(-rand(*logits.shape).clamp(min=1e-9).log()).log() if temperature else 0.0  # Gumbel's
+        noise = -(-uniform(logits, generator).clamp(min=1e-9).log()).log() if temperature else 0.0  # Gumbel's
         x0 = (logits + temperature * noise).argmax(-1)
-        sure = sureness(logits, x0, order) if order != "random" else rand(*x0.shape)
+        sure = sureness(logits, x0, order) if order != "random" else uniform(x0, generator)
         rank = sure.masked_fill(~masked, math.inf).argsort(1).argsort(1)
         x0 = torch.where(masked, x0, xt)
         masked = rank < left[:, None]
         xt = torch.where(masked, mask_id, x0)
         yield xt
+
+
+def uniform(like: Tensor, generator=None) -> Tensor:
+    """Uniform draws in [0, 1) of the shape and on the device of `like`; a generator on the CPU serves any."""
+    device = "cpu" if generator else like.device
+    return torch.rand(like.shape, generator=generator, device=device).to(like.device)
 
 
 def sureness(logits: Tensor, x0: Tensor, order: str) -> Tensor:

@@ -284,25 +284,26 @@ def focus(cfg: Config, facts: dict, model: TokenTransformer, question: str) -> l
         draw_settled(states, facts, Path(cfg.out) / "samples" / "focus.png")
         return lines + side_by_side(facts, states)
     for i, xt in states[1:]:
-        shown = xt[0, : sum(model.layout.widths[: i + 1])].tolist()
-        characters = ["_" if token == model.mask_id else tokens.text([token]) for token in shown]
+        characters = characters_of(facts, xt[:, : sum(model.layout.widths[: i + 1])])
         lines.append(f"thought {i + 1}  " + (" " if tokens.bare else "").join(filter(None, characters)))
     return [*lines, "chain     " + " | ".join(decode(facts, states[-1][1])[0])]
 
 
 def side_by_side(facts: dict, states: list) -> list[str]:
     """Four grids of a puzzle, from the clues to the answer."""
-    side, lines = math.isqrt(len(facts["axes"])), []
-    grids = [characters_of(facts, states[(len(states) - 1) * i // 3][1]) for i in range(4)]
+    side, grids, lines = math.isqrt(len(facts["axes"])), [], []
+    for i in range(4):
+        characters = characters_of(facts, states[(len(states) - 1) * i // 3][1])
+        grids.append([character or " " for character in characters])
     for row in range(side):
         lines.append("    ".join(" ".join(grid[row * side :][:side]) for grid in grids))
     return lines
 
 
 def characters_of(facts: dict, xt: Tensor) -> list[str]:
-    """The character of each of the ids xt (1, k): "_" for the mask."""
+    """The character of each of the ids xt (1, k): "_" for the mask, "" for END."""
     tokens = Tokens(facts["alphabet"] + "_")
-    return [tokens.text([token]) or " " for token in xt[0].tolist()]
+    return [tokens.text([token]) for token in xt[0].tolist()]
 
 
 def draw_settled(states: list, facts: dict, path: Path) -> None:
@@ -504,7 +505,7 @@ def row(name: str, scores: dict) -> str:
 
 def score(cfg: Config, facts: dict, model: TokenTransformer, problems: Problems, seconds: float) -> None:
     """Print the scores of test problems, by evaluations: of chains with their rates, of puzzles by order."""
-    questions, truth = (part[: cfg.score_n] for part in (problems.question_test, problems.thoughts_test))
+    questions = problems.question_test[: cfg.score_n]
     ids = asked(facts, questions).to(next(model.parameters()).device)
     size = f"{millions(model)}, trained {seconds:.0f} s"
     where = f"{ids.device}, {torch.get_num_threads()} threads"
@@ -550,18 +551,18 @@ def score_puzzles(cfg: Config, facts: dict, model: TokenTransformer, problems: P
     say("\n| order | evaluations | " + " | ".join(f"{name}, n={kinds.count(name)}" for name in names) + " |")
     say("|---" * (2 + len(names)) + "|")
 
-    def table_row(name: str, evaluations: float, right: list[bool]) -> None:
+    def table_row(name: str, spent: float, right: list[bool]) -> None:
         shares = [metrics.share(r for r, kind in zip(right, kinds, strict=True) if kind == n) for n in names]
-        say(f"| {name} | {evaluations:.3g} | " + " | ".join(f"{share:.3f}" for share in shares) + " |")
+        say(f"| {name} | {spent:.3g} | " + " | ".join(f"{share:.3f}" for share in shares) + " |")
 
     for order in ("confident", "margin", "random"):
         for steps in sorted({1, 4, 16, model.layout.k}):
             chosen = dataclasses.replace(cfg, order=order, steps=steps, tries=1)
-            for evaluations, _, right in tries(chosen, facts, model, ids, questions, problems.check):
-                table_row(order, evaluations, right)
-    for i, (evaluations, _, right) in enumerate(tries(cfg, facts, model, ids, questions, problems.check)):
+            for spent, _, right in tries(chosen, facts, model, ids, questions, problems.check):
+                table_row(order, spent, right)
+    for i, (spent, _, right) in enumerate(tries(cfg, facts, model, ids, questions, problems.check)):
         if i + 1 in SHOWN_TRIES:
-            table_row(f"{cfg.order}, {i + 1} tries", evaluations, right)
+            table_row(f"{cfg.order}, {i + 1} tries", spent, right)
 
 
 def check_question(cfg: Config, facts: dict) -> str:

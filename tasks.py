@@ -141,17 +141,22 @@ def make_countdown(rng: random.Random, size: Size) -> tuple[str, list[str]]:
     return f"{' , '.join(spaced(n, 2) for n in numbers)} = {spaced(target, 2)}", thoughts
 
 
+def result_of(a: int, sign: str, b: int) -> int | None:
+    """The result of a step; None where a division has a remainder, or is one by 0."""
+    if sign == "/" and (b == 0 or a % b):
+        return None
+    return OPERATIONS[sign](a, b)
+
+
 def countdown_steps(left: list[int]) -> list[tuple[tuple, list[int]]]:
     """Every step, (a, sign, b, result) with the larger number first, and the numbers that it leaves."""
     steps = []
     for i, j in itertools.combinations(range(len(left)), 2):
         a, b = max(left[i], left[j]), min(left[i], left[j])
         rest = left[:i] + left[i + 1 : j] + left[j + 1 :]
-        for sign, operation in OPERATIONS.items():
-            if sign == "/" and (b == 0 or a % b):
-                continue
-            result = operation(a, b)
-            if result < 10**COUNTDOWN_WIDTH:
+        for sign in OPERATIONS:
+            result = result_of(a, sign, b)
+            if result is not None and result < 10**COUNTDOWN_WIDTH:
                 steps.append(((a, sign, b, result), [result, *rest]))
     return steps
 
@@ -188,7 +193,7 @@ def read_step(text: str) -> tuple[int, int, int]:
     if not found:
         raise ValueError(f"not a step: {text!r}")
     a, b, result = (number(found[i]) for i in (1, 3, 4))
-    if found[2] == "/" and (b == 0 or a % b) or OPERATIONS[found[2]](a, b) != result:
+    if result_of(a, found[2], b) != result:
         raise ValueError(f"not true: {text!r}")
     return a, b, result
 

@@ -347,9 +347,9 @@ class Run:
     agree with it. extra: tensors that sampling needs, kept in the checkpoint as they are (a frozen network).
     free: the fields that a resumed run may change. matrices: weights that Muon is to train at the rate of
     cfg.muon_lr, AdamW all others. cooldown: share of the steps, the last ones, in which the rates fall to 0.
-    run.model is the network to train, run.ema the averaged
-    one to sample from. Raises UserError where the folder holds a run already and cfg.resume is off, where the
-    two do not fit, or where another process is at work in the folder.
+    run.model is the network to train, run.ema the averaged one to sample from. Raises UserError where the
+    folder holds a run already and cfg.resume is off, where the two do not fit, or where another process is at
+    work in the folder.
     """
 
     def __init__(
@@ -377,7 +377,8 @@ class Run:
         self.net = model.to(device)
         self.ema = AveragedModel(self.net, multi_avg_fn=self._average).eval()
         fused = device.type != "mps"
-        others = [p for p in self.net.parameters() if all(p is not matrix for matrix in matrices)]
+        chosen = set(matrices)
+        others = [p for p in self.net.parameters() if p not in chosen]
         self.opts = {"opt": torch.optim.AdamW(others, lr=cfg.lr, weight_decay=0.0, fused=fused)}
         if matrices:
             self.opts["muon"] = torch.optim.Muon(matrices, lr=cfg.muon_lr, weight_decay=0.0)

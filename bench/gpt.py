@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from blocks import Layout
+from blocks import Layout, Places
 from vae import Reader
 
 
@@ -21,18 +21,6 @@ class LabelGPT(Reader):
     def forward(self, y: Tensor, target: Tensor) -> Tensor:
         """Training loss: mean nats a token of target (B, L)."""
         return self.cross_entropy(self.read(y), target)
-
-
-class Places(nn.Module):
-    """Embeddings of positions that add up one for each axis, as our own denoiser has them."""
-
-    def __init__(self, layout: Layout, D: int):
-        super().__init__()
-        self.table = nn.Embedding(layout.places, D)
-        self.register_buffer("axes", layout.axes, persistent=False)
-
-    def forward(self, position: Tensor) -> Tensor:
-        return self.table(self.axes[position]).sum(-2)
 
 
 class QuestionGPT(Reader):

@@ -49,11 +49,10 @@ class Config:
     @staticmethod
     def recipe(given) -> dict:
         """The defaults that a data set has in place of those above."""
-        own = dict(ways=("multi", "chain"), evaluations=(8, 81)) if given.dataset == "sudoku" else {}
-        run = reason.Config(
-            **dict(dataset=given.dataset, sample_every=50, log_every=10) | reason.Config.recipe(given)
-        )
-        return own | dict(run=dataclasses.replace(run, tries=16 if own else 1))
+        run = dict(dataset=given.dataset, sample_every=50, log_every=10) | reason.Config.recipe(given)
+        if given.dataset != "sudoku":
+            return dict(run=reason.Config(**run))
+        return dict(ways=("multi", "chain"), evaluations=(8, 81), run=reason.Config(**run, tries=16))
 
     def __post_init__(self):
         need(self, "seconds", 0.1)
@@ -153,12 +152,8 @@ def train_gpt(cfg: reason.Config, facts: dict, problems: Problems, device, secon
         load_weights(writer.model, load_checkpoint(f"{cfg.out}/last.pt", cfg.kind)["ema"], cfg.out)
         writer.model.eval()
         return writer
-    q, target, questions, truth = (
-        q.to(device),
-        target.to(device),
-        problems.question_test[:200],
-        problems.thoughts_test[:200],
-    )
+    q, target = q.to(device), target.to(device)
+    questions, truth = problems.question_test[:200], problems.thoughts_test[:200]
     ids_test = reason.asked(facts, questions).to(device)
     matrices = reason.matrices_of(writer.model.decoder.transformer.h)
     run = Run(cfg, writer.model, device, facts, cfg.out, FOREVER, cfg.batch_size, matrices=matrices)
@@ -263,12 +258,12 @@ def groups_of(problems: Problems, n: int) -> dict[str, list[int]]:
 def table_rows(way: Way, n: int, device) -> tuple[list[str], str]:
     """The rows of a way in the table, and the problems a second of its fastest sampling."""
     ids, rows = reason.asked(way.facts, way.problems.question_test[:n]).to(device), []
-    log = read_eval(way.folder)
+    groups, log = groups_of(way.problems, n).values(), read_eval(way.folder)
     learned = [f"{seconds:.0f}" for _, seconds, answer in log if answer >= 0.9]
     size = f"{sum(p.numel() for p in way.model.parameters()) / 1e6:.2f}"
     for name, ask in way.ask.items():
         cells, chains = [way.name, size, f"{log[-1][0]:.0f}", learned[0] if learned else "-", name], ask(ids)
-        for group in groups_of(way.problems, n).values():
+        for group in groups:
             picked = (
                 [part[i] for i in group]
                 for part in (chains, way.problems.question_test, way.problems.thoughts_test)
@@ -327,14 +322,15 @@ def think_on(
     the spoilt thought not excepted: nothing tells it what is right.
     """
     asked, truth = reason.asked(facts, problems.question_test).to(ids.device), problems.thoughts_test
-    points, spent = [], 0
+    points, spent, x = [], 0, None
     for i in range(1 + ROUNDS):
+        if i:
+            ids = reason.remasked(cfg, model, asked, x, cfg.seed + i - 1)
+            spent += 2  # in which the model doubts each token
         x = reason.conclude(cfg, model, ids, cfg.seed + i)
         spent += reason.evaluations(cfg, model, ids) / len(ids)
         scores = metrics.score_chains(reason.decode(facts, x), problems.question_test, truth, problems.check)
         points.append((spent, scores["answer"]))
-        ids = reason.remasked(cfg, model, asked, x, cfg.seed + i)
-        spent += 2  # in which the model doubts each token
     return points
 
 
@@ -364,7 +360,7 @@ def self_correction(cfg: Config, problems: Problems, device) -> list[str]:
             ids[:, sum(facts["widths"][: i + 1]) :] = model.mask_id
             name = f"snapshot {snapshot:<4g}  {f'thought {i} spoilt' if i else 'nothing spoilt':18}"
             curves[name] = think_on(run, facts, model, problems, ids)
-            lines.append(name + "  ".join(f"{right:.3f} ({spent:.0f})" for spent, right in curves[name]))
+            lines.append(name + told(curves[name]))
     draw_curves(Path(cfg.out) / "correct.png", curves)
     return lines
 
@@ -379,7 +375,7 @@ def puzzles_by_evaluations(cfg: Config, problems: Problems, device) -> list[str]
 
     def points(chosen: reason.Config) -> list[tuple[float, float]]:
         found = reason.tries(chosen, facts, way.model, ids, hard, problems.check)
-        return [(spent, sum(right) / len(hard)) for spent, _, right in found]
+        return [(spent, metrics.share(right)) for spent, _, right in found]
 
     for order in ("confident", "margin", "random"):
         one = dataclasses.replace(run, order=order, tries=1)
@@ -392,8 +388,13 @@ def puzzles_by_evaluations(cfg: Config, problems: Problems, device) -> list[str]
     draw_curves(Path(cfg.out) / "correct.png", curves)
     lines = [f"solved minimal puzzles, n={len(hard)}, at (evaluations a puzzle)"]
     for name, found in curves.items():
-        lines.append(f"{name:36}" + "  ".join(f"{right:.3f} ({spent:.0f})" for spent, right in found))
+        lines.append(f"{name:36}" + told(found))
     return lines
+
+
+def told(points: list[tuple[float, float]]) -> str:
+    """Shares of right answers, and behind each the evaluations up to there."""
+    return "  ".join(f"{right:.3f} ({spent:.0f})" for spent, right in points)
 
 
 def draw_curves(path: Path, curves: dict[str, list[tuple[float, float]]]) -> None:

@@ -1046,19 +1046,17 @@ def test_places_are_the_sum_over_their_axes_and_a_cell_of_the_answer_is_where_it
     with torch.no_grad():
         embedded = places(torch.arange(33))
         rows = [[i, 33 + row, 37 + column, 41 + box] for i, (row, column, box) in enumerate(axes * 2)]
-        torch.testing.assert_close(
-            embedded[:32], torch.stack([places.table.weight[row].sum(0) for row in rows])
-        )
-        own = places.table.weight[:32]
+        torch.testing.assert_close(embedded[:32], torch.stack([places.weight[row].sum(0) for row in rows]))
+        own = places.weight[:32]
         torch.testing.assert_close(embedded[:16] - own[:16], embedded[16:32] - own[16:])
-    assert layout.places == len(places.table.weight)
+    assert layout.places == len(places.weight)
     # It reads and writes to the end of the last place.
     assert q.shape[1] + target.shape[1] == 33
     (chain,) = writer.chains(reason.asked(facts, problems.question[:1]))
     assert len(chain) <= 1
     loss = writer.model(q[:4], target[:4])
     loss.backward()
-    assert (places.table.weight.grad.abs().sum(1) > 0).all()
+    assert (places.weight.grad.abs().sum(1) > 0).all()
 
 
 def test_each_token_that_gpt_2_writes_depends_on_the_puzzle_and_on_what_is_written(varied_grids):
