@@ -69,6 +69,7 @@ class Config:
     side: Literal[4, 6, 9] = 9  # sudoku: of the grid
     train_n: int = 50_000  # training problems, or as many as there are
     form: Literal["equations", "text"] = "equations"  # of a file's thoughts: the <<equations>>, or the lines
+    test: str | None = None  # a file of test problems, in place of those that the data set has
     # -- diffusion --
     passes: Literal["multi", "single"] = "multi"  # a thought at a time, or the whole chain at once
     masks: tuple[float, float] = (0.0, 1.0)  # least and largest share of masked tokens in training
@@ -587,7 +588,7 @@ def main(cfg: Config) -> None:
         model, facts, _ = load_model(cfg, Path(given), device)
         show(cfg.out, "focus", focus(cfg, facts, model, check_question(cfg, facts)))
         return
-    problems = load_problems(cfg.dataset, size_of(cfg), cfg.train_n, cfg.form)
+    problems = load_problems(cfg.dataset, size_of(cfg), cfg.train_n, cfg.form, cfg.test)
     if problems.note:
         say(problems.note)
     path = Path(given or f"{cfg.out}/last.pt")

@@ -281,10 +281,9 @@ def is_test_problem(question: str, held_out: int = 10) -> bool:
     return zlib.crc32(question.encode()) % held_out == 0
 
 
-def make_problems(name: str, size: Size, n: int) -> Problems:
-    """n different training and the test problems of TASKS[name], or as many as there are."""
+def make_problems(task: Task, size: Size, n: int) -> dict[str, list[tuple]]:
+    """The splits: n different training and the test problems of a task, or as many as there are."""
     rng, seen, train, test, in_vain = random.Random(0), set(), [], [], 0
-    task = TASKS[name]
     # A task with few problems ends when four draws for each that is known have brought no other.
     while (len(train) < n or len(test) < task.test_n) and in_vain < 4 * len(seen) + 100:
         question, thoughts = task.make(rng, size)
@@ -293,34 +292,42 @@ def make_problems(name: str, size: Size, n: int) -> Problems:
         if not in_vain and len(split) < most:
             split.append((question, thoughts))
         seen.add(question)
-    return both_splits(train, test, name, task)
+    return dict(train=train, test=test)
 
 
-def load_problems(dataset: str, size=USUAL, n=50_000, form="equations") -> Problems:
+def load_problems(dataset: str, size=USUAL, n=50_000, form="equations", test=None) -> Problems:
     """The problems of `dataset`: a task (of this size), gsm8k (hub), or the path of a file or folder.
 
     A table has the columns question and answer, a txt lines question||thoughts #### answer.
 
     form: the thoughts of an answer are its "equations" in <<>>, or the lines of its "text". n: at most so
-    many training problems. Without a split "test" a tenth is held out; a training question that the test
-    split has too is left out. Raises UserError for a data set that is not to be had, a row that is not a
-    problem, or an empty split.
+    many training problems. test: the path of a file of test problems. Without it the split "test" serves, or
+    a tenth is held out; a training question that the test split has too is left out. Raises UserError for a
+    data set that is not to be had, a row that is not a problem, or an empty split.
     """
-    if dataset in TASKS:
-        return make_problems(dataset, size, n)
-    (tables, left_out), where, splits = read_tables(dataset, OFFLINE), Path(dataset).name or dataset, {}
-    for name, table in tables.items():
-        splits[name] = [read_problem(row, form, place) for place, row in table]
-    train, test = splits["train"], splits.get("test")
-    if test is None:
-        train, test = ([p for p in train if is_test_problem(p[0]) == held_out] for held_out in (False, True))
-    if form == "equations" and not any(len(thoughts) > 1 for _, thoughts in train + test):
+    where, task, left_out = Path(dataset).name or dataset, TASKS.get(dataset), ""
+    if task:
+        splits = make_problems(task, size, n)
+    else:
+        tables, left_out = read_tables(dataset, OFFLINE)
+        splits = {name: read_problems(table, form) for name, table in tables.items()}
+    if test:
+        if task and task.axes:
+            raise UserError(f"--test is a file of questions and chains: {dataset} has none")
+        splits["test"] = read_problems(read_tables(test, OFFLINE)[0]["train"], form)
+    elif "test" not in splits:
+        train, held_out = [], []
+        for problem in splits["train"]:
+            (held_out if is_test_problem(problem[0]) else train).append(problem)
+        splits = dict(train=train, test=held_out)
+    train, tested = splits["train"], {question for question, _ in splits["test"]}
+    alone = all(len(thoughts) == 1 for part in splits.values() for _, thoughts in part)
+    if alone and not task and form == "equations":
         raise UserError(
             f"{where} has no <<equation>> in any answer: add --form text to take lines for thoughts"
         )
-    tested = {question for question, _ in test}
     new = [p for p in train if p[0] not in tested]
-    problems = both_splits(new[:n], test, where)
+    problems = both_splits(new[:n], splits["test"], where, task)
     known = f"left out: {len(train) - len(new)} training questions that the test split has too"
     more = f"left out: {len(new) - n} training problems beyond --train_n {n}"
     notes = [left_out, known if len(new) < len(train) else "", more if n < len(new) else ""]
@@ -334,6 +341,10 @@ def both_splits(train: list[tuple], test: list[tuple], where: str, task: Task | 
         got = f"{len(train)} training and {len(test)} test problems"
         raise UserError(f"{where} has {got}: both must be at least 1; give more rows, or larger numbers")
     return Problems(*map(list, zip(*train, strict=True)), *map(list, zip(*test, strict=True)), task)
+
+
+def read_problems(table: list[tuple[str, dict]], form: str) -> list[tuple[str, list[str]]]:
+    return [read_problem(row, form, place) for place, row in table]
 
 
 def read_problem(row: dict, form: str, where: str) -> tuple[str, list[str]]:
@@ -360,6 +371,8 @@ def read_problem(row: dict, form: str, where: str) -> tuple[str, list[str]]:
 def read_thoughts(answer: str, form: str, where: str) -> list[str]:
     """The <<equations>> of an answer, or its lines as text; then "#### " and what is in that line.
 
+    A chain of bare numbers, "5 5 1 + 0 6 4 9", is that of a multiplication: a thought for each product.
+
     It ends before "The answer is", which MetaMath says behind it. Raises UserError for none, for two, and
     where a sentence or a line follows: what of it is the answer?
     """
@@ -370,7 +383,9 @@ def read_thoughts(answer: str, form: str, where: str) -> list[str]:
     if re.search(r"[.:;!?]\s|[\r\n]", line):
         raise UserError(f"{where}: {line[:60]!r} is more than an answer; leave just that behind ####")
     thoughts = re.findall(r"<<.*?>>", chain)
-    if form == "text":
+    if re.fullmatch(r"\d( [\d+()])+ ?", chain):  # as in the files of implicit chain of thought
+        thoughts = re.split(r" (?=\+)", chain.strip())
+    elif form == "text":
         thoughts = [re.sub(r"<<.*?>>", "", line).strip() for line in lines_of(chain)]
     return [*filter(None, thoughts), f"#### {line}"]
 

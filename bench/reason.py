@@ -424,7 +424,7 @@ def with_digits(problems: Problems, digits: str, n: int) -> Problems:
 def main(cfg: Config) -> None:
     cfg = dataclasses.replace(cfg, out=cfg.out.replace("{dataset}", run_name(cfg.dataset)))
     device, run = pick_device(cfg.run.device), cfg.run
-    problems = load_problems(run.dataset, reason.size_of(run), run.train_n, run.form)
+    problems = load_problems(run.dataset, reason.size_of(run), run.train_n, run.form, run.test)
     sizes = f"{len(problems.question)} training problems, seed {run.seed}"
     print(f"{run.dataset}: {sizes}; {device}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     if cfg.correct:

@@ -26,7 +26,6 @@ from tasks import (
     grammar_review,
     is_test_problem,
     load_problems,
-    make_problems,
     multiplication,
     read_problem,
     read_thoughts,
@@ -282,7 +281,7 @@ def test_a_countdown_that_is_changed_anywhere_passes_only_if_it_is_still_right()
     ],
 )
 def test_splits_are_disjoint_and_hold_no_question_twice(name, size, space):
-    problems, task = make_problems(name, size, 300), TASKS[name]
+    problems, task = load_problems(name, size, 300), TASKS[name]
     assert (problems.task, problems.check, problems.is_puzzle) == (task, task.check, name == "sudoku")
     train, test = set(problems.question), set(problems.question_test)
     assert len(train) == len(problems.question) == len(problems.thoughts) == 300
@@ -294,10 +293,10 @@ def test_splits_are_disjoint_and_hold_no_question_twice(name, size, space):
 
 
 def test_problems_repeat_and_more_of_them_never_hold_a_test_question():
-    problems = make_problems("mult", Size(), 300)
-    assert problems == make_problems("mult", Size(), 300)
-    assert problems.checksum() != make_problems("mult", Size(), 301).checksum()
-    assert not set(make_problems("mult", Size(), 2000).question) & set(problems.question_test)
+    problems = load_problems("mult", Size(), 300)
+    assert problems == load_problems("mult", Size(), 300)
+    assert problems.checksum() != load_problems("mult", Size(), 301).checksum()
+    assert not set(load_problems("mult", Size(), 2000).question) & set(problems.question_test)
     assert all(map(is_test_problem, problems.question_test))
 
 
@@ -308,8 +307,26 @@ def test_a_tenth_of_all_questions_is_held_out_or_as_many_as_the_task_says():
 
 
 def test_a_task_with_few_problems_gives_all_of_them():
-    problems = make_problems("sums", Size(terms=2), 50_000)
+    problems = load_problems("sums", Size(terms=2), 50_000)
     assert len(problems.question) + len(problems.question_test) == 100
+
+
+def test_published_multiplications_serve_as_test_problems_and_leave_the_training_set(tmp_path):
+    usual = load_problems("mult", Size((4, 4)), 200)
+    known, path = usual.question[3], tmp_path / "valid.txt"
+    pairs = [(known, usual.thoughts[3]), multiplication(5678, 1234, (4, 4))]
+    path.write_text("".join(f"{question}||{' '.join(thoughts)}\n" for question, thoughts in pairs))
+    problems = load_problems("mult", Size((4, 4)), 200, test=str(path))
+    assert list(zip(problems.question_test, problems.thoughts_test, strict=True)) == pairs
+    assert problems.question == [question for question in usual.question if question != known]
+    assert problems.note == "left out: 1 training questions that the test split has too"
+    assert problems.check(*pairs[1])
+    # They are a data set of their own, too.
+    more = tmp_path / "train.txt"
+    more.write_text("1 2 * 3 4||3 6 0 + 0 4 8 #### 3 0 9\n" + path.read_text())
+    assert load_problems(str(more), test=str(path)).thoughts == [["3 6 0", "+ 0 4 8", "#### 3 0 9"]]
+    with pytest.raises(UserError, match="--test is a file of questions and chains: sudoku has none"):
+        load_problems("sudoku", Size(side=4), 20, test=str(path))
 
 
 def test_a_task_of_ones_own_is_one_entry(monkeypatch):
