@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion import Body, StepEmbedding, sureness, uniform, unmask
+from diffusion import Body, Masked, StepEmbedding, rotation, sureness, uniform, unmask
 
 
 class Layout:
@@ -70,13 +70,14 @@ class TokenTransformer(nn.Module):
 
     y: the clean ids (B, c) before them, the question and the blocks but the last. t is not looked at: the
     masks say as much (MDLM section 3.5). V: tokens without the mask. D: width, divisible by 4 * heads.
+    rotary: positions turn queries and keys, in place of embeddings of their own.
     """
 
-    def __init__(self, V: int, layout: Layout, D: int, depth: int, heads=4):
+    def __init__(self, V: int, layout: Layout, D: int, depth: int, heads=4, rotary=False):
         super().__init__()
         self.mask_id, self.layout = V, layout
         self.token, self.clean = nn.Embedding(V + 1, D), nn.Embedding(V, D)
-        self.place = Places(layout, D)
+        self.place = None if rotary else Places(layout, D)
         self.level, self.body = StepEmbedding(D), Body(D, depth, heads, V)
         # A head for each axis sees only what shares it; the others, of which there is one at least, see all.
         free = torch.ones(heads - len(layout.share), *layout.share.shape[1:], dtype=torch.bool)
@@ -94,14 +95,15 @@ class TokenTransformer(nn.Module):
         """
         n = xt.shape[1]
         h = torch.cat([self.clean(clean), self.token(xt)], dim=1)  # (B, m + n, D)
-        h += self.place(place)
+        turn = None if self.place else rotation(place, h.shape[-1] // self.body.blocks[0].heads)
+        h = h + self.place(place) if self.place else h
         if len(self.layout.share):  # what is in the cache stands before the rest
             column = torch.cat([torch.arange(cache[0][0].shape[2] if cache else 0, device=h.device), place])
             share = self.share[:, place][..., column]
             see = share if see is None else see & share
         clean_step = torch.zeros(1, 1, dtype=torch.long, device=h.device)
         emb = F.silu(self.level(clean_step))  # (1, 1, D)
-        out, seen = self.body(h, emb, n, see, cache)
+        out, seen = self.body(h, emb, n, see, cache, turn)
         return out, [(keys[:, :, :-n], values[:, :, :-n]) for keys, values in seen]
 
 
@@ -137,6 +139,37 @@ def generate(
             xt = torch.cat([before, known, after], dim=1)
             yield i, xt
         new, start = torch.cat([new, xt[:, start : start + width]], dim=1), start + width
+
+
+def hide(layout: Layout, x0: Tensor, u: Tensor, generator=None) -> Tensor:
+    """Which tokens of x0 (B, k) to mask, bool (B, k): of each block of n exactly 1 + floor(n u).
+
+    u: (B, number of blocks), in [0, 1). Which ones of a block is random.
+    """
+    owner = layout.owner[layout.q :].to(x0.device)
+    n = torch.tensor(layout.widths, device=x0.device)
+    rank = (owner + uniform(x0, generator)).argsort(1).argsort(1) - (n.cumsum(0) - n)[owner]  # in its block
+    return rank < (1 + (n * u).long())[:, owner]
+
+
+@torch.no_grad()
+def bound(model, question: Tensor, x0: Tensor, draws: int, generator=None) -> Tensor:
+    """Nats (B,) of sequences x0 (B, k), at most, given questions (B, q).
+
+    Of each block of n tokens k are masked, k uniform in 1..n, and their nats count n / k times: the mean over
+    all orders in which the block can be written. k is stratified over the draws. Blocks of width 1 have one
+    order, and it is the likelihood itself. Masked diffusion as any-order autoregression, 2310.16218 eq. 4.
+    """
+    process, layout = Masked(model.mask_id), model.layout
+    clean = torch.cat([question, x0], dim=1)[:, : layout.c]
+    n, owner = (x.to(x0.device) for x in (torch.tensor(layout.widths), layout.owner[layout.q :]))
+    first, total = uniform(x0[:, : len(n)], generator), torch.zeros(len(x0), device=x0.device)
+    for i in range(draws):
+        u = (first + i / draws) % 1
+        hidden = hide(layout, x0, u, generator)
+        weight = n / (1 + (n * u).long())  # (B, number of blocks)
+        total += (process.errors(model, x0, hidden, clean) * weight[:, owner]).sum(1)
+    return total / draws
 
 
 @torch.no_grad()

@@ -287,10 +287,13 @@ class Masked:
         All masked tokens count alike; MDLM eq. 10, a bound on the likelihood, divides by t.
         """
         t = torch.rand(x0.shape[:1], device=x0.device) if t is None else t
-        xt = self.q_sample(x0, t)
-        logits = model(xt, t, y).float()
-        error = F.cross_entropy(logits.flatten(0, 1), x0.flatten(), reduction="none").view_as(x0)
-        return error * (xt == self.mask_id)
+        return self.errors(model, x0, self.q_sample(x0, t) == self.mask_id, y, t)
+
+    def errors(self, model, x0: Tensor, hidden: Tensor, y=None, t: Tensor | None = None) -> Tensor:
+        """Cross-entropies (B, k) of x0 (B, k) where it is hidden, bool (B, k), given the rest; else 0."""
+        t = hidden.float().mean(1) if t is None else t
+        logits = model(x0.masked_fill(hidden, self.mask_id), t, y).float()
+        return F.cross_entropy(logits.flatten(0, 1), x0.flatten(), reduction="none").view_as(x0) * hidden
 
 
 @torch.no_grad()
@@ -474,6 +477,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return a.softmax(-1).to(v.dtype) @ v
 
 
+def rotation(place: Tensor, d: int) -> Tensor:
+    """Cosines and sines (2, L, d/2) by which positions place (L,) turn vectors (d,). RoFormer eq. 15."""
+    sines, cosines = sinusoid(place, d).chunk(2, dim=-1)
+    return torch.stack([cosines, sines])
+
+
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
+    """x (B, heads, L, d), each pair of its numbers turned by `rotation`. RoFormer, 2104.09864, eq. 34."""
+    (a, b), (cosines, sines) = x.chunk(2, dim=-1), turn.to(x.dtype)
+    return torch.cat([a * cosines - b * sines, a * sines + b * cosines], dim=-1)
+
+
 def modulate(h: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """LayerNorm of h (B, L, D), scaled and shifted by (B or 1, 1, D) each. DiT section 3.2."""
     if scale.numel() == h.shape[-1]:  # one for all: they are the norm's own weights, in one pass over h
@@ -490,11 +505,13 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
         self.ada = zero(nn.Linear(D, 6 * D))
 
-    def forward(self, h: Tensor, emb: Tensor, mask: Tensor | None, past, n: int):
+    def forward(self, h: Tensor, emb: Tensor, mask: Tensor | None, past, n: int, turn: Tensor | None = None):
         """The last n positions of h (B, L, D), and the keys and values of all; for the rest see `Body`."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.ada(emb).chunk(6, dim=-1)  # (B or 1, 1, D)
         x = self.qkv(modulate(h, scale1, shift1)).unflatten(2, (3, self.heads, -1))
         q, k, v = x.permute(2, 0, 3, 1, 4)  # (B, heads, L, D/heads)
+        if turn is not None:
+            q, k = rotate(q, turn), rotate(k, turn)
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)  # (B, heads, P + L, ...)
         mask = mask if mask is None else mask[..., -n:, :]
@@ -513,17 +530,17 @@ class Body(nn.Module):
         self.blocks = nn.ModuleList(Block(D, heads) for _ in range(depth))
         self.ada, self.head = zero(nn.Linear(D, 2 * D)), zero(nn.Linear(D, d_out))
 
-    def forward(self, h: Tensor, emb: Tensor, n: int, mask: Tensor | None = None, cache=None):
+    def forward(self, h: Tensor, emb: Tensor, n: int, mask: Tensor | None = None, cache=None, turn=None):
         """Outputs (B, n, d_out) of the last n of the embedded positions h (B, L, D), and the longer cache.
 
         emb: (B or 1, 1, D), how noisy they are. mask: bool, (L, P + L) or with axes (B, heads) before, who
         (row) sees whom (column). cache: for each block keys and values (B, heads, P, D/heads) of P positions
-        before these.
+        before these. turn: `rotation` of the L positions, where h does not say where they stand.
         """
         seen, last = [], self.blocks[-1]
         for block, past in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
             # What stands before the last n is read by them, and after the last block by no one.
-            h, kv = block(h, emb, mask, past, n if block is last else h.shape[1])
+            h, kv = block(h, emb, mask, past, n if block is last else h.shape[1], turn)
             seen.append(kv)
         shift, scale = self.ada(emb).chunk(2, dim=-1)
         return self.head(modulate(h, scale, shift)), seen

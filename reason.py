@@ -32,6 +32,7 @@ from training import (
     autocast,
     check_run,
     finished,
+    matrices_of,
     millions,
     need,
     not_fatal,
@@ -430,11 +431,6 @@ def train(cfg: Config, facts: dict, problems: Problems, device, seconds: float =
     if run.main:
         look(run.step)
         say(f"trained {run.seconds:.0f} s; wrote {run.curve()}")
-
-
-def matrices_of(blocks) -> list[Tensor]:
-    """The matrices of transformer blocks, without those of the step embedding, which are biases at work."""
-    return [p for name, p in blocks.named_parameters() if p.dim() == 2 and "ada" not in name]
 
 
 def turned(cfg: Config, problems: Problems, x0: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,7 @@ from files import (
 FREE = frozenset(
     "dataset out device data_dir precision max_steps vae_steps diffusion_steps lr muon_lr cooldown warmup "
     "ema_decay log_every sample_every save_every resume sample_from score_from sampler order steps guidance "
-    "temperature try_temperature top_p votes tries remask prompt score_n classes n".split()
+    "temperature try_temperature top_p votes tries remask prompt gap length draws score_n classes n".split()
 )
 OF_THE_TRAINING = frozenset("seed batch_size".split())  # free too where nothing is trained
 
@@ -276,6 +276,11 @@ def batch_indices(n: int, batch_size: int, seed: int, step: int) -> Tensor:
 @functools.lru_cache(maxsize=2)
 def permutation(n: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(hash((seed, epoch)) % 2**63))
+
+
+def matrices_of(blocks) -> list[Tensor]:
+    """The matrices of transformer blocks, without those of the step embedding, which are biases at work."""
+    return [p for name, p in blocks.named_parameters() if p.dim() == 2 and "ada" not in name]
 
 
 def millions(model: nn.Module) -> str:

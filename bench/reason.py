@@ -27,7 +27,17 @@ from bench.gpt import QuestionGPT
 from blocks import Layout
 from files import UserError, figure, load_checkpoint, load_weights, say, show
 from tasks import END, TASKS, Problems, Tokens, load_problems
-from training import Run, autocast, finished, need, pick_device, run_name, run_script, same_settings
+from training import (
+    Run,
+    autocast,
+    finished,
+    matrices_of,
+    need,
+    pick_device,
+    run_name,
+    run_script,
+    same_settings,
+)
 from vae import small_gpt
 
 FOREVER = 10**6  # optimizer steps of a run that its seconds end
@@ -155,7 +165,7 @@ def train_gpt(cfg: reason.Config, facts: dict, problems: Problems, device, secon
     q, target = q.to(device), target.to(device)
     questions, truth = problems.question_test[:200], problems.thoughts_test[:200]
     ids_test = reason.asked(facts, questions).to(device)
-    matrices = reason.matrices_of(writer.model.decoder.transformer.h)
+    matrices = matrices_of(writer.model.decoder.transformer.h)
     run = Run(cfg, writer.model, device, facts, cfg.out, FOREVER, cfg.batch_size, matrices=matrices)
 
     def look(step: int) -> None:

@@ -1,12 +1,13 @@
 """blocks.py and the masked process of diffusion.py: who sees whom, the cache, masks, unmasking."""
 
 import itertools
+import math
 
 import pytest
 import torch
 
-from blocks import Layout, TokenTransformer, doubt, generate
-from diffusion import Masked, sureness, unmask
+from blocks import Layout, TokenTransformer, bound, doubt, generate, hide
+from diffusion import Masked, rotate, rotation, sureness, unmask
 from puzzles import cell_axes
 
 V, WIDTHS = 7, [3, 2, 4, 3]
@@ -18,18 +19,18 @@ def rng(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def random_model(widths=WIDTHS, vocabulary=V, axes=None, depth=2):
+def random_model(widths=WIDTHS, vocabulary=V, axes=None, depth=2, rotary=False):
     """A denoiser whose every weight is random: what it must not see would show."""
     torch.manual_seed(0)
-    model = TokenTransformer(vocabulary, Layout(widths, axes), D=32, depth=depth)
+    model = TokenTransformer(vocabulary, Layout(widths, axes), D=32, depth=depth, rotary=rotary)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     return model.eval()
 
 
-@pytest.fixture(scope="module", params=[None, AXES], ids=["a line", "more axes"])
+@pytest.fixture(scope="module", params=["a line", "more axes", "rotary"])
 def model(request):
-    return random_model(axes=request.param)
+    return random_model(axes=AXES if request.param == "more axes" else None, rotary=request.param == "rotary")
 
 
 def random_ids(model, B=4, seed=1):
@@ -390,6 +391,84 @@ def test_tokens_are_drawn_from_their_distribution_at_a_temperature(temperature):
     (drawn,) = unmask(counting(logits)[0], xt, V, steps=1, temperature=temperature, generator=rng())
     share = torch.bincount(drawn[:, 0], minlength=V) / len(drawn)
     torch.testing.assert_close(share, (logits / temperature).softmax(-1)[0, 0], atol=0.012, rtol=0)
+
+
+# -- positions that turn -----------------------------------------------------------------------------------
+
+
+def test_rotation_is_that_of_gpt_neox():
+    from transformers import GPTNeoXConfig
+    from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding, apply_rotary_pos_emb
+
+    config = GPTNeoXConfig(hidden_size=32, num_attention_heads=4, rotary_pct=1.0)
+    q, k = torch.randn(2, 2, 4, 9, 8, generator=rng())
+    place = torch.arange(3, 12)
+    cosines, sines = GPTNeoXRotaryEmbedding(config)(q, place[None])
+    for ours, theirs in zip((q, k), apply_rotary_pos_emb(q, k, cosines, sines), strict=True):
+        torch.testing.assert_close(rotate(ours, rotation(place, 8)), theirs)
+
+
+def test_a_window_that_is_moved_as_a_whole_has_the_same_logits():
+    model = random_model(rotary=True)
+    q, x0, xt = random_ids(model)
+    clean, see = clean_part(model, q, x0), model.layout_see
+    with torch.no_grad():
+        logits, moved = (model.read(xt, clean, model.layout_place + by, see)[0] for by in (0, 50))
+        spread, _ = model.read(xt, clean, 2 * model.layout_place, see)
+    torch.testing.assert_close(moved, logits, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(spread, logits, atol=1e-2)
+
+
+# -- the bound ---------------------------------------------------------------------------------------------
+
+
+def test_of_each_block_exactly_as_many_are_hidden_as_asked_for_and_any_of_them():
+    layout = Layout([3, 2, 4, 1])
+    x0, u = torch.zeros(4000, 7, dtype=torch.long), torch.rand(4000, 3, generator=rng())
+    hidden = hide(layout, x0, u, rng(1))
+    for i, n in enumerate(layout.widths):
+        part = hidden[:, (layout.owner == i)[3:]]
+        assert (part.sum(1) == 1 + (n * u[:, i]).floor()).all()
+        torch.testing.assert_close(part.float().mean(0), torch.full((n,), (n + 1) / 2 / n), rtol=0, atol=0.03)
+
+
+def test_the_bound_with_blocks_of_width_1_is_the_likelihood_of_writing_token_by_token():
+    for rotary in (False, True):
+        model = random_model([3, *[1] * 6], rotary=rotary)
+        q, x0, _ = random_ids(model)
+        likelihood = torch.zeros(4)
+        for i in range(6):  # each alone, behind what it stands on
+            place, owner = torch.arange(3 + i + 1), model.layout.owner[: 3 + i + 1]
+            mask, before = torch.full((4, 1), V), torch.cat([q, x0[:, :i]], dim=1)
+            with torch.no_grad():
+                logits, _ = model.read(mask, before, place, owner[:, None] >= owner)
+            likelihood -= logits[:, 0].log_softmax(-1).gather(1, x0[:, i : i + 1])[:, 0]
+        torch.testing.assert_close(bound(model, q, x0, 1, rng()), likelihood)
+
+
+def test_the_bound_is_the_mean_over_all_orders_of_writing_a_block():
+    model = random_model([2, 3, 2])
+    q, x0, _ = random_ids(model, B=1)
+    process, clean, wanted = Masked(V), clean_part(model, q, x0), 0.0
+    for own in ([0, 1, 2], [3, 4]):
+        orders = list(itertools.permutations(own))
+        for order, i in itertools.product(orders, range(len(own))):
+            hidden = torch.zeros(1, 5, dtype=torch.bool)
+            hidden[0, list(order[i:])] = True  # the i before it are known
+            with torch.no_grad():
+                wanted += process.errors(model, x0, hidden, clean)[0, order[i]] / len(orders)
+    found = bound(model, q.expand(3000, -1), x0.expand(3000, -1), 6, rng())
+    assert found.mean().item() == pytest.approx(wanted.item(), abs=4 * found.std().item() / 3000**0.5)
+    # Every draw counts: fewer of them have the same mean, and more variance.
+    single = bound(model, q.expand(3000, -1), x0.expand(3000, -1), 1, rng())
+    assert single.mean().item() == pytest.approx(wanted.item(), abs=4 * single.std().item() / 3000**0.5)
+    assert single.std() > 2 * found.std()
+
+
+def test_the_bound_of_a_model_that_knows_nothing_is_log_V_for_each_token():
+    model = TokenTransformer(V, Layout([0, 4, 4]), D=32, depth=1)  # it starts with every token alike
+    x0 = torch.randint(V, (5, 8), generator=rng())
+    torch.testing.assert_close(bound(model, x0[:, :0], x0, 3, rng()), torch.full((5,), 8 * math.log(V)))
 
 
 # -- doubts ----------------------------------------------------------------------------------------------

@@ -1,0 +1,289 @@
+"""tokengen.py in blocks of several widths beside a GPT, and beside textgen.py's reviews.
+
+python -m bench.tokens                  bits a character and characters a second after the same seconds
+python -m bench.tokens --planner out/grammar/diffusion/last.pt      reviews, in a quarter of its seconds
+
+The GPT is a GPT-NeoX of the library transformers: as wide and as deep, with rotary positions too; it is
+trained on the same windows and writes with its cache.
+"""
+
+import csv
+import dataclasses
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+import textgen
+import tokengen
+from files import UserError, figure, load_checkpoint, load_weights, say, show
+from training import (
+    Run,
+    autocast,
+    matrices_of,
+    millions,
+    need,
+    pick_device,
+    run_name,
+    run_script,
+    same_settings,
+)
+
+FOREVER = 10**6  # optimizer steps of a run that its seconds end
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of a comparison."""
+
+    dataset: str = "shakespeare"  # that of tokengen.py
+    seconds: float = 600.0  # training seconds of each
+    blocks: tuple[int, ...] = (1, 4, 16, 128)  # widths of the blocks of ours
+    gpt: bool = True  # whether a GPT stands beside them
+    planner: str | None = None  # a diffusion of textgen.py: compare reviews with it instead
+    share: float = 0.25  # planner: of its training seconds, in which ours are trained
+    out: str = "out/bench/{dataset}"  # folder of all runs; one that is finished there is loaded
+    run: tokengen.Config = field(default_factory=tokengen.Config)
+
+    @staticmethod
+    def recipe(given) -> dict:
+        """The defaults that a data set has in place of those above."""
+        return dict(run=tokengen.Config(dataset=given.dataset))
+
+    def __post_init__(self):
+        need(self, "seconds share", 0.01)
+
+
+def in_folder(cfg: Config, name: str, block: int) -> tokengen.Config:
+    """The settings of the run of that name; where it has begun, it is gone on with."""
+    folder = Path(cfg.out) / name
+    return dataclasses.replace(
+        cfg.run, dataset=cfg.dataset, block=block, out=str(folder), resume=(folder / "last.pt").exists()
+    )
+
+
+def seconds_of(run: tokengen.Config) -> float:
+    """The training seconds of the run in run.out, 0 for none. Raises UserError for other settings."""
+    path = Path(run.out) / "last.pt"
+    if not path.exists():
+        return 0.0
+    checkpoint = load_checkpoint(path, run.kind)
+    same_settings(run, checkpoint["config"], path, "keep it, or choose another --out")
+    return checkpoint["seconds"]
+
+
+# -- the GPT -----------------------------------------------------------------------------------------------
+
+
+class WindowGPT(nn.Module):
+    """A GPT with rotary positions, as wide and as deep as ours, that writes windows; id V begins them."""
+
+    def __init__(self, V: int, run: tokengen.Config, device):
+        super().__init__()
+        self.V, D = V, run.width
+        shape = dict(
+            hidden_size=D, intermediate_size=4 * D, num_hidden_layers=run.depth, num_attention_heads=4
+        )
+        # What is like GPT-2 and our own: all of a head is turned, the MLP comes after the attention.
+        like = dict(rotary_pct=1.0, use_parallel_residual=False, hidden_act="gelu", tie_word_embeddings=False)
+        ends = dict(bos_token_id=V, eos_token_id=None, pad_token_id=None)
+        how = "sdpa" if device.type == "cuda" else "eager"
+        longest = run.window + 1
+        config = GPTNeoXConfig(
+            vocab_size=V + 1,
+            max_position_embeddings=longest,
+            attn_implementation=how,
+            **shape,
+            **like,
+            **ends,
+        )
+        self.gpt = GPTNeoXForCausalLM(config)
+
+    def forward(self, x0: Tensor) -> Tensor:
+        """Nats (B, W) of each token of windows x0 (B, W)."""
+        begin = torch.full_like(x0[:, :1], self.V)
+        logits = self.gpt(torch.cat([begin, x0[:, :-1]], dim=1)).logits.float()
+        return nn.functional.cross_entropy(logits.movedim(-1, 1), x0, reduction="none")
+
+    @torch.no_grad()
+    def write(self, n: int, length: int, temperature: float) -> Tensor:
+        """Ids (n, length) of new texts, by transformers' own cached sampling."""
+        begin = torch.full((n, 1), self.V, device=self.gpt.device)
+        how = dict(do_sample=True, temperature=temperature, top_k=0, min_new_tokens=length)
+        return self.gpt.generate(begin, max_new_tokens=length, attention_mask=torch.ones_like(begin), **how)[
+            :, 1:
+        ]
+
+
+def train_gpt(run: tokengen.Config, facts: dict, text: str, device, seconds: float) -> WindowGPT:
+    """The GPT in run.out, trained for so many seconds, or loaded where it has been."""
+    torch.manual_seed(run.seed)
+    model = WindowGPT(tokengen.vocabulary(facts), run, device).to(device)
+    if seconds_of(run) >= seconds:
+        load_weights(model, load_checkpoint(f"{run.out}/last.pt", run.kind)["ema"], run.out)
+        return model.eval()
+    ids, ids_test, characters = tokengen.splits(run, facts, text)
+    test = tokengen.held_out_windows(run, ids_test, 100).to(device)
+    matrices = matrices_of(model.gpt.gpt_neox.layers)
+    loop = Run(run, model, device, facts, run.out, FOREVER, run.batch_size, matrices=matrices)
+    say(f"{run.out}: {millions(model)}")
+    ids, offsets = ids.to(device), torch.arange(run.window, device=device)
+
+    def look(step: int) -> None:
+        took = loop.took()
+        with loop.pause():
+            tokengen.note(loop, step, took, *gpt_bits(run, loop.ema.module, test, characters))
+
+    for _, batch in loop.steps(len(ids) - run.window, seconds):
+        if loop.due(run.sample_every):
+            look(loop.step - 1)
+        with autocast(device, run.precision):
+            loss = loop.model(ids[batch[:, None] + offsets]).mean()
+        loop.update(loss)
+    look(loop.step)
+    return loop.ema.module.eval()
+
+
+@torch.no_grad()
+def gpt_bits(
+    run: tokengen.Config, model: WindowGPT, windows: Tensor, characters: float
+) -> tuple[float, float]:
+    """Bits a character of windows (N, W), and the standard error."""
+    bits = []
+    for part in windows.split(run.batch_size):
+        with autocast(part.device, run.precision):
+            bits.append(model(part).mean(1) / (characters * math.log(2)))
+    bits = torch.cat(bits)
+    return bits.mean().item(), (bits.std() / math.sqrt(len(bits))).item()
+
+
+def gpt_rate(run: tokengen.Config, model: WindowGPT, n: int) -> float:
+    """Tokens a second that are written, n windows at a time; the better of two rounds."""
+    took = []
+    for _ in range(2):
+        start = time.perf_counter()
+        with autocast(model.gpt.device, run.precision):
+            model.write(n, run.window, run.temperature)
+        took.append(time.perf_counter() - start)
+    return n * run.window / min(took)
+
+
+# -- bits a character --------------------------------------------------------------------------------------
+
+
+def compare(cfg: Config, device) -> None:
+    """Train all, print the table and a sample of each, draw the curves."""
+    text = tokengen.load_text(cfg.dataset, cfg.run.data_dir)
+    facts = tokengen.facts_of(cfg.run, text)
+    _, ids_test, characters = tokengen.splits(cfg.run, facts, text)
+    windows = tokengen.held_out_windows(cfg.run, ids_test, cfg.run.score_n).to(device)
+    nothing = torch.zeros(0, dtype=torch.long)
+    rows, written, folders = [], [], {}
+    if cfg.gpt:
+        run = in_folder(cfg, "gpt", 1)
+        model = train_gpt(run, facts, text, device, cfg.seconds)
+        bits = gpt_bits(run, model, windows, characters)
+        rates = [gpt_rate(run, model, n) * characters for n in (1, 64)]
+        rows.append(("GPT", run, model, "-", bits, rates))
+        with autocast(device, run.precision):
+            ids = model.write(1, run.window, run.temperature)[0]
+        written += ["[GPT]", *tokengen.decode(facts, ids.tolist()).splitlines()]
+        folders["GPT"] = Path(run.out)
+    for block in cfg.blocks:
+        run = in_folder(cfg, f"block{block}", block)
+        if seconds_of(run) < cfg.seconds:
+            tokengen.train(dataclasses.replace(run, max_steps=FOREVER), facts, text, device, cfg.seconds)
+        model = tokengen.load_model(run, Path(run.out) / "last.pt", device)[0]
+        bits = tokengen.mean_bits(run, model, windows, characters, run.draws)
+        for steps in sorted({min(4, block), min(run.steps, block)}):
+            fast = dataclasses.replace(run, steps=steps)
+            rates = [tokengen.rate(fast, model, nothing, n) * characters for n in (1, 64)]
+            rows.append((f"blocks of {block}", run, model, steps, bits, rates))
+        one = dataclasses.replace(run, n=1, length=run.window)
+        ids = tokengen.samples(one, model, nothing)[-1][0]
+        written += [f"[blocks of {block}]", *tokengen.decode(facts, ids.tolist()).splitlines()]
+        folders[f"blocks of {block}"] = Path(run.out)
+    print(f"\n{cfg.seconds:g} s of training each, n={len(windows)} held-out windows of {cfg.run.window}")
+    print(
+        "| | M parameters | training steps | bits a character | steps a block | characters/s at 1 | at 64 |"
+    )
+    print("|---" * 7 + "|")
+    for name, run, model, steps, (bits, error), rates in rows:
+        trained = load_checkpoint(f"{run.out}/last.pt", run.kind)["step"]
+        cells = [name, f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}", str(trained)]
+        cells += [f"{bits:.3f} +- {error:.3f}", str(steps), *(f"{rate:.3g}" for rate in rates)]
+        print(f"| {' | '.join(cells)} |")
+    show(cfg.out, "samples", written)
+    path = Path(cfg.out) / "curves.png"
+    with figure(path, (7, 4)) as (_, ax):
+        for name, folder in folders.items():
+            with open(folder / "eval.csv", encoding="utf-8") as file:
+                points = [(float(row["seconds"]), float(row["bits"])) for row in csv.DictReader(file)]
+            ax.plot(*zip(*points, strict=True), "--" if name == "GPT" else "-", label=name)
+        ax.set(xlabel="training seconds", ylabel="bits a character, held out (at most)")
+        ax.legend()
+    print("wrote", path)
+
+
+# -- reviews -----------------------------------------------------------------------------------------------
+
+
+def reviews(cfg: Config, device) -> None:
+    """Print the score of textgen.py's reviews and of ours, from the same training reviews.
+
+    Ours are lines of a text, "5 the room was ...", and are asked for by their first two characters.
+    """
+    writer = textgen.load_writer(None, cfg.planner, device)
+    texts = textgen.texts_of(writer.cfg)
+    writer = textgen.load_writer(None, cfg.planner, device, texts)
+    train, test = (textgen.split_pieces(writer.cfg, writer.codec, texts, name) for name in ("train", "test"))
+    lines = []
+    for row, y in zip(writer.codec.decode(train.target), train.y.tolist(), strict=True):
+        lines.append(f"{y + 1} {' '.join(row.split())}\n")
+    text, seconds = "".join(lines), cfg.share * writer.seconds
+    run = dataclasses.replace(in_folder(cfg, "reviews", cfg.run.block), dataset="reviews")
+    facts = tokengen.facts_of(run, text)
+    if seconds_of(run) < seconds:
+        tokengen.train(dataclasses.replace(run, max_steps=FOREVER), facts, text, device, seconds)
+    model, _, took = tokengen.load_model(run, Path(run.out) / "last.pt", device)
+    rows = textgen.new_and_real(writer, train, test)
+    y = rows["samples"][1]
+    for steps in sorted({4, 8, run.block} if run.block > 1 else {1}):
+        rows[f"tokens, {steps} steps a block"] = (ask(run, facts, model, y, steps), y)
+    scores = textgen.score_rows(writer.cfg, rows, train, test)
+    print(
+        f"\nn={len(y)}; textgen.py trained {writer.seconds:.0f} s, tokens {took:.0f} s, blocks of {run.block}"
+    )
+    print(f"| | {' | '.join(scores['samples'])} |\n|---{'|---' * len(scores['samples'])}|")
+    for name, values in scores.items():
+        print(f"| {name} | {' | '.join(f'{value:.3g}' for value in values.values())} |")
+    show(cfg.out, "reviews", [f"[{label + 1}] {row}" for row, label in zip(rows[name][0], y.tolist())][:20])
+
+
+def ask(run: tokengen.Config, facts: dict, model, y: Tensor, steps: int) -> list[str]:
+    """A review of each rating y (n,), 0 the lowest."""
+    found: list[str] = [""] * len(y)
+    for rating in sorted(set(y.tolist())):
+        places = [i for i, label in enumerate(y.tolist()) if label == rating]
+        one = dataclasses.replace(run, n=len(places), length=run.window, steps=steps)
+        ids = tokengen.samples(one, model, tokengen.encode(facts, f"{rating + 1} "))[-1]
+        for place, row in zip(places, ids.tolist(), strict=True):
+            found[place] = tokengen.decode(facts, row)[2:].partition("\n")[0]
+    return found
+
+
+def main(cfg: Config) -> None:
+    cfg = dataclasses.replace(cfg, out=cfg.out.replace("{dataset}", run_name(cfg.dataset)))
+    device = pick_device(cfg.run.device)
+    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    if any(cfg.run.window % block for block in cfg.blocks):
+        raise UserError(f"blocks {cfg.blocks} must divide the window of {cfg.run.window}")
+    reviews(cfg, device) if cfg.planner else compare(cfg, device)
+
+
+if __name__ == "__main__":
+    run_script(Config, main, __doc__)
