@@ -261,7 +261,11 @@ def reviews(cfg: Config, device) -> None:
     print(f"| | {' | '.join(scores['samples'])} |\n|---{'|---' * len(scores['samples'])}|")
     for name, values in scores.items():
         print(f"| {name} | {' | '.join(f'{value:.3g}' for value in values.values())} |")
-    show(cfg.out, "reviews", [f"[{label + 1}] {row}" for row, label in zip(rows[name][0], y.tolist())][:20])
+    show(
+        cfg.out,
+        "reviews",
+        [f"[{label + 1}] {row}" for row, label in zip(rows[name][0], y.tolist(), strict=True)][:20],
+    )
 
 
 def ask(run: tokengen.Config, facts: dict, model, y: Tensor, steps: int) -> list[str]:
