@@ -496,12 +496,15 @@ class Codec:
         return texts
 
 
-def train_codec(texts: list[str], vocab: int, max_tokens: int) -> Codec:
-    """One byte-level BPE of at most `vocab` tokens for both sides, trained on the texts."""
+def train_codec(texts: list[str], vocab: int, max_tokens: int, prefix_space=True) -> Codec:
+    """One byte-level BPE of at most `vocab` tokens for both sides, trained on the texts.
+
+    prefix_space: whether the first word of a text is written like any other, with a space before it.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,

@@ -147,7 +147,7 @@ RECIPES = {  # what a data set has in place of the defaults; flags override both
     "sudoku": dict(train_n=1500, depth=6, batch_size=64, max_steps=7500, masks=(0.2, 0.8), shift=1.0)
     | dict(steps=81, try_temperature=2.5, sample_every=1000, score_n=300),
     "countdown": dict(terms=3, passes="single", train_n=200_000, depth=6, max_steps=10_000, shift=1.0)
-    | dict(steps=64, sample_every=1000),
+    | dict(steps=64, try_temperature=2.5, sample_every=1000),
 }
 
 

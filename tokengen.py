@@ -171,11 +171,8 @@ def load_text(dataset: str, data_dir: str) -> str:
 
 def facts_of(cfg: Config, text: str) -> dict:
     """What a checkpoint must know of its text, in plain types."""
-    codec = (
-        train_codec(text[: int(0.9 * len(text))].splitlines(keepends=True), cfg.vocab, 0)
-        if cfg.vocab
-        else None
-    )
+    lines = text[: int(0.9 * len(text))].splitlines(keepends=True)
+    codec = train_codec(lines, cfg.vocab, 0, prefix_space=False) if cfg.vocab else None
     return dict(
         alphabet="".join(sorted(set(text))),
         tokenizer=codec and codec.decoder,

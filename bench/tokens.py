@@ -235,7 +235,7 @@ def compare(cfg: Config, device) -> None:
 def reviews(cfg: Config, device) -> None:
     """Print the score of textgen.py's reviews and of ours, from the same training reviews.
 
-    Ours are lines of a text, "5 the room was ...", and are asked for by their first two characters.
+    Ours are lines of a text, "5 the room was ...", and are asked for by their first character.
     """
     writer = textgen.load_writer(None, cfg.planner, device)
     texts = textgen.texts_of(writer.cfg)
@@ -274,9 +274,9 @@ def ask(run: tokengen.Config, facts: dict, model, y: Tensor, steps: int) -> list
     for rating in sorted(set(y.tolist())):
         places = [i for i, label in enumerate(y.tolist()) if label == rating]
         one = dataclasses.replace(run, n=len(places), length=run.window, steps=steps)
-        ids = tokengen.samples(one, model, tokengen.encode(facts, f"{rating + 1} "))[-1]
+        ids = tokengen.samples(one, model, tokengen.encode(facts, f"{rating + 1}"))[-1]
         for place, row in zip(places, ids.tolist(), strict=True):
-            found[place] = tokengen.decode(facts, row)[2:].partition("\n")[0]
+            found[place] = tokengen.decode(facts, row)[1:].partition("\n")[0].strip()
     return found
 
 

@@ -14,8 +14,10 @@ SIZE = {
     "imagen.py": [*TINY, "--max_steps", "2", "--score_n", "40"],
     "textgen.py": [*SMALL_TEXT, "--vae_steps", "2", "--diffusion_steps", "2", "--score_n", "8"],
     "reason.py": [*SMALL_REASON, "--max_steps", "2", "--score_n", "8"],
+    "tokengen.py": "--width 32 --depth 1 --batch_size 8 --max_steps 2 --score_n 4 --length 64".split(),
     "bench.images": "--dataset digits --rounds 1 --round_steps 1 --seconds 0.2 --score_n 40".split(),
     "bench.text": "--rounds 1 --round_steps 1".split(),
+    "bench.tokens": "--seconds 0.2 --run.width 32 --run.depth 1 --run.batch_size 4 --run.score_n 4".split(),
     "bench.reason": "--seconds 0.2 --run.digits 2 1 --run.batch_size 8 --run.score_n 8".split(),
 }
 
@@ -40,6 +42,8 @@ def arguments(words: list[str], fashionmnist, reviews) -> list[str]:
     small = [] if "_from" in " ".join(words) or "--checkpoint" in words else list(SIZE.get(script, []))
     if script == "imagen.py" and "digits" not in words and "--sample_from" not in words:
         small += ["--data_dir", str(fashionmnist)] + ["--dataset", "fashionmnist"] * ("mnist" in words)
+    if script in ("tokengen.py", "bench.tokens") and "_from" not in " ".join(words):
+        small += ["--dataset", "manual"] + ["--out", "out/shakespeare"] * ("manual" not in words)
     if script == "textgen.py" and "grammar" not in words and "_from" not in " ".join(words):
         small += ["--dataset", str(reviews), "--out", "out/tripadvisor"]
     return [
