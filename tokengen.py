@@ -85,7 +85,7 @@ class Config:
     width: int = 128  # width of the model
     depth: int = 6  # number of blocks of the transformer
     # -- optimisation --
-    max_steps: int = 8000  # optimizer steps
+    max_steps: int = 5000  # optimizer steps
     batch_size: int = 32  # windows of a step, over all processes
     lr: float = 2e-3  # AdamW's learning rate after warm-up
     muon_lr: float = 0.02  # likewise Muon's, which trains the matrices of the blocks
