@@ -351,7 +351,7 @@ class Run:
     resume are read here. facts: what the data says and sampling needs, in plain types; a resumed run must
     agree with it. extra: tensors that sampling needs, kept in the checkpoint as they are (a frozen network).
     free: the fields that a resumed run may change. matrices: weights that Muon is to train at the rate of
-    cfg.muon_lr, AdamW all others. cooldown: share of the steps, the last ones, in which the rates fall to 0.
+    cfg.muon_lr, AdamW all others. cooldown: share of the run, the last one, in which the rates fall to 0.
     run.model is the network to train, run.ema the averaged one to sample from. Raises UserError where the
     folder holds a run already and cfg.resume is off, where the two do not fit, or where another process is at
     work in the folder.
@@ -408,7 +408,7 @@ class Run:
 
         Or until the first line of the log after so many seconds. In between, log, save, obey signals.
         """
-        signals, bar = [], None
+        signals, bar, self.limit = [], None, seconds
 
         def on_signal(number, _):
             signals.append(number)
@@ -468,7 +468,8 @@ class Run:
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
         rate = min(1.0, self.step / max(1, self.cfg.warmup))
         if self.cooldown:
-            rate = min(rate, (self.max_steps + 1 - self.step) / (self.cooldown * self.max_steps))
+            left = min((self.max_steps + 1 - self.step) / self.max_steps, 1 - self.took() / self.limit)
+            rate = min(rate, max(0.0, left) / self.cooldown)
         for name, opt in self.opts.items():
             opt.param_groups[0]["lr"] = self.highest[name] * rate
             opt.step()

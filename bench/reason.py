@@ -166,7 +166,17 @@ def train_gpt(cfg: reason.Config, facts: dict, problems: Problems, device, secon
     questions, truth = problems.question_test[:200], problems.thoughts_test[:200]
     ids_test = reason.asked(facts, questions).to(device)
     matrices = matrices_of(writer.model.decoder.transformer.h)
-    run = Run(cfg, writer.model, device, facts, cfg.out, FOREVER, cfg.batch_size, matrices=matrices)
+    run = Run(
+        cfg,
+        writer.model,
+        device,
+        facts,
+        cfg.out,
+        FOREVER,
+        cfg.batch_size,
+        matrices=matrices,
+        cooldown=cfg.cooldown,
+    )
 
     def look(step: int) -> None:
         took = run.took()

@@ -129,7 +129,9 @@ def train_gpt(run: tokengen.Config, facts: dict, text: str, device, seconds: flo
     ids, ids_test, characters = tokengen.splits(run, facts, text)
     test = tokengen.held_out_windows(run, ids_test, 100).to(device)
     matrices = matrices_of(model.gpt.gpt_neox.layers)
-    loop = Run(run, model, device, facts, run.out, FOREVER, run.batch_size, matrices=matrices)
+    loop = Run(
+        run, model, device, facts, run.out, FOREVER, run.batch_size, matrices=matrices, cooldown=run.cooldown
+    )
     say(f"{run.out}: {millions(model)}")
     ids, offsets = ids.to(device), torch.arange(run.window, device=device)
 

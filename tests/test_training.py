@@ -126,6 +126,15 @@ def test_rates_rise_in_the_warmup_and_fall_to_0_in_the_last_steps(tmp_path):
     assert run.opts["muon"].param_groups[0]["lr"] == pytest.approx(0.05 / 4)
 
 
+def test_rates_fall_to_0_at_the_last_second_where_seconds_end_a_run(tmp_path):
+    run, shares = begin(Config(str(tmp_path), max_steps=1000, cooldown=0.4, warmup=0, log_every=1)), []
+    for step, batch in run.steps(len(X), seconds=10):
+        run.seconds = 2.0 * step
+        run.update(run.model(X[batch]).square().mean())
+        shares.append(run.opts["opt"].param_groups[0]["lr"] / 1e-2)
+    assert shares == pytest.approx([1, 1, 1, 0.5, 0], abs=0.01)
+
+
 @pytest.mark.parametrize("muon_lr", [0.0, 0.05])
 def test_every_parameter_is_in_one_group_and_stepped_once(muon_lr, tmp_path):
     run = toy(Config(str(tmp_path), muon_lr=muon_lr))
