@@ -305,34 +305,42 @@ def load_problems(dataset: str, size=USUAL, n=50_000, form="equations", test=Non
     a tenth is held out; a training question that the test split has too is left out. Raises UserError for a
     data set that is not to be had, a row that is not a problem, or an empty split.
     """
-    where, task, left_out = Path(dataset).name or dataset, TASKS.get(dataset), ""
+    task, left_out = TASKS.get(dataset), ""
     if task:
         splits = make_problems(task, size, n)
     else:
-        tables, left_out = read_tables(dataset, OFFLINE)
-        splits = {name: read_problems(table, form) for name, table in tables.items()}
+        splits, left_out = read_splits(dataset, form, hold_out=not test)
+    if test and task and task.axes:
+        raise UserError(f"--test is a file of questions and chains: {dataset} has none")
     if test:
-        if task and task.axes:
-            raise UserError(f"--test is a file of questions and chains: {dataset} has none")
         splits["test"] = read_problems(read_tables(test, OFFLINE)[0]["train"], form)
-    elif "test" not in splits:
-        train, held_out = [], []
-        for problem in splits["train"]:
-            (held_out if is_test_problem(problem[0]) else train).append(problem)
-        splits = dict(train=train, test=held_out)
     train, tested = splits["train"], {question for question, _ in splits["test"]}
-    alone = all(len(thoughts) == 1 for part in splits.values() for _, thoughts in part)
-    if alone and not task and form == "equations":
-        raise UserError(
-            f"{where} has no <<equation>> in any answer: add --form text to take lines for thoughts"
-        )
     new = [p for p in train if p[0] not in tested]
-    problems = both_splits(new[:n], splits["test"], where, task)
+    problems = both_splits(new[:n], splits["test"], Path(dataset).name or dataset, task)
     known = f"left out: {len(train) - len(new)} training questions that the test split has too"
     more = f"left out: {len(new) - n} training problems beyond --train_n {n}"
     notes = [left_out, known if len(new) < len(train) else "", more if n < len(new) else ""]
     problems.note = "; ".join(filter(None, notes))
     return problems
+
+
+def read_splits(dataset: str, form: str, hold_out: bool) -> tuple[dict[str, list[tuple]], str]:
+    """The splits "train" and "test" of a file, a folder or a hub name, and what was left out of it.
+
+    hold_out: whether a tenth becomes the split "test" where there is none.
+    """
+    tables, left_out = read_tables(dataset, OFFLINE)
+    splits = {name: read_problems(table, form) for name, table in tables.items()}
+    if hold_out and "test" not in splits:
+        train, held_out = [], []
+        for problem in splits["train"]:
+            (held_out if is_test_problem(problem[0]) else train).append(problem)
+        splits = dict(train=train, test=held_out)
+    alone = all(len(thoughts) == 1 for part in splits.values() for _, thoughts in part)
+    if alone and form == "equations":
+        got = f"{Path(dataset).name} has no <<equation>> in any answer"
+        raise UserError(f"{got}: add --form text to take lines for thoughts")
+    return splits, left_out
 
 
 def both_splits(train: list[tuple], test: list[tuple], where: str, task: Task | None = None) -> Problems:

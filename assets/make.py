@@ -1,6 +1,6 @@
 """Draws the README's pictures from finished runs of its commands.
 
-python assets/make.py               from out/{fashionmnist,grammar,mult,sudoku,bench}
+python assets/make.py               from out/{fashionmnist,grammar,mult,sudoku,shakespeare,bench}
 """
 
 import shutil
@@ -91,6 +91,8 @@ def main(cfg: Config) -> None:
     shutil.copy(runs / "sudoku/samples/focus.png", out / "sudoku.png")
     shutil.copy(runs / "bench/mult/correct.png", out / "again.png")
     shutil.copy(runs / "bench/mult/curves.png", out / "reason.png")
+    shutil.copy(runs / "shakespeare/samples/focus.gif", out / "writing.gif")
+    shutil.copy(runs / "bench/shakespeare/curves.png", out / "tokens.png")
     print("wrote", ", ".join(str(path) for path in sorted(out.glob("*.[gp][in][fg]"))))
 
 
