@@ -391,7 +391,9 @@ def read_thoughts(answer: str, form: str, where: str) -> list[str]:
     if re.search(r"[.:;!?]\s|[\r\n]", line):
         raise UserError(f"{where}: {line[:60]!r} is more than an answer; leave just that behind ####")
     thoughts = re.findall(r"<<.*?>>", chain)
-    if re.fullmatch(r"\d( [\d+()])+ ?", chain):  # as in the files of implicit chain of thought
+    if form == "equations" and re.fullmatch(
+        r"\d( \d)+( [\d+()])* ?", chain
+    ):  # as in the files of implicit chain of thought
         thoughts = re.split(r" (?=\+)", chain.strip())
     elif form == "text":
         thoughts = [re.sub(r"<<.*?>>", "", line).strip() for line in lines_of(chain)]

@@ -11,6 +11,7 @@ Blocks of 1 are autoregression, a block as long as the window is plain masked di
 import dataclasses
 import functools
 import hashlib
+import http.client
 import math
 import shlex
 import time
@@ -80,7 +81,7 @@ class Config:
     # -- diffusion --
     window: int = 128  # tokens that the model sees at a time
     block: int = 16  # tokens of a block, which divides the window; 1: autoregression
-    masks: tuple[float, float] = (0.0, 1.0)  # least and largest share of masked tokens of a block in training
+    masks: tuple[float, float] = (0.0, 1.0)  # least and largest share of masked tokens of a block, rounded up
     # -- denoiser --
     width: int = 128  # width of the model
     depth: int = 6  # number of blocks of the transformer
@@ -98,7 +99,7 @@ class Config:
     steps: int = 16  # evaluations of the denoiser for each block; at most one for each of its tokens is used
     temperature: float = 0.8  # of the tokens that are drawn; 0 takes the likeliest
     prompt: str = ""  # what a sample begins with
-    gap: str | None = None  # character of the prompt that stands for one to be filled in
+    gap: str | None = None  # character of the prompt that stands for a token to be filled in
     length: int = 400  # tokens of a sample
     n: int = 3  # samples
     score_n: int = 1000  # windows of the held-out text in a score, evenly spread
@@ -158,7 +159,9 @@ def load_text(dataset: str, data_dir: str) -> str:
             try:
                 with urllib.request.urlopen(SHAKESPEARE, timeout=30) as answer:
                     text = answer.read()
-            except OSError as error:
+                if not text.startswith(b"First Citizen:"):  # a network's page of its own
+                    raise OSError("what came is not Shakespeare")
+            except (OSError, http.client.HTTPException) as error:
                 raise UserError(f"{SHAKESPEARE} could not be loaded ({reason(error)}); {OFFLINE}") from error
             write_atomic(path, lambda file: file.write(text))
     if not path.is_file():
@@ -223,6 +226,8 @@ def encode_prompt(cfg: Config, facts: dict) -> Tensor:
     if len(ids) >= cfg.window:
         got = f"the prompt has {len(ids)} tokens"
         raise UserError(f"{got}, but this model sees {cfg.window}: give at most {cfg.window - 1}")
+    if len(ids) >= cfg.length and not cfg.gap:
+        raise UserError(f"the prompt has {len(ids)} tokens, and so would have the sample: raise --length")
     return ids
 
 
@@ -266,32 +271,36 @@ def write(cfg: Config, model: TokenTransformer, prompt: Tensor, length: int):
     """
     text, W, generator = prompt, model.layout.k, torch.Generator().manual_seed(cfg.seed)
     how = dict(steps=cfg.steps, order=cfg.order, temperature=cfg.temperature, generator=generator)
-    nothing = prompt[:, :0]
-    while text.shape[1] < length or (text == model.mask_id).any():
+    nothing, length = prompt[:, :0], max(length, prompt.shape[1])
+    while text.shape[1] < length or (text[:, :length] == model.mask_id).any():
         known = text[:, -(W // 2) :] if text.shape[1] >= W else text
         before = text[:, : text.shape[1] - known.shape[1]]
         xt = F.pad(known, (0, W - known.shape[1]), value=model.mask_id)
         with autocast(prompt.device, cfg.precision):
             for _, window in generate(model, nothing, xt, **how):
                 text = torch.cat([before, window], dim=1)
-                yield text[:, : max(length, prompt.shape[1])]
+                yield text[:, :length]
+                if text.shape[1] >= length and (text[:, :length] != model.mask_id).all():
+                    return  # the rest of the window is not wanted
 
 
-def samples(cfg: Config, model: TokenTransformer, prompt: Tensor) -> list[Tensor]:
-    """The states (n, L) of n samples that begin with a prompt (p,), the last one finished."""
-    prompt = prompt.expand(cfg.n, -1).to(next(model.parameters()).device)
+def samples(cfg: Config, model: TokenTransformer, prompt: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Ids (n, L) of n samples that begin with a prompt (p,), and the states (L,) of the first on its way."""
+    prompt, states = prompt.expand(cfg.n, -1).to(next(model.parameters()).device), []
     # A prompt with gaps is filled, and not gone on with.
-    return list(write(cfg, model, prompt, prompt.shape[1] if cfg.gap else cfg.length))
+    for ids in write(cfg, model, prompt, prompt.shape[1] if cfg.gap else cfg.length):
+        states.append(ids[0].cpu())
+    return ids, states
 
 
 def show_samples(cfg: Config, facts: dict, model: TokenTransformer, out: Path, name: str) -> None:
     """Print n samples, and the first one as it comes into focus, which is drawn as a moving picture too."""
-    states = samples(cfg, model, encode_prompt(cfg, facts))
+    ids, states = samples(cfg, model, encode_prompt(cfg, facts))
     lines, focus = [], []
-    for i, ids in enumerate(states[-1].tolist()):
-        lines += [f"[{i + 1}]", *decode(facts, ids).splitlines()]
+    for i, row in enumerate(ids.tolist()):
+        lines += [f"[{i + 1}]", *decode(facts, row).splitlines()]
     show(out, name, lines)
-    texts = [decode(facts, ids[0].tolist()) for ids in states]
+    texts = [decode(facts, state.tolist()) for state in states]
     for i in range(5):
         focus += [f"({i + 1})", *texts[round(i * (len(texts) - 1) / 4)].splitlines()]
     show(out, "focus", focus)
@@ -303,12 +312,16 @@ def draw_film(texts: list[str], path: Path) -> Path:
     import matplotlib
 
     font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSansMono.ttf", 14)
-    shown, frames = [texts[round(i * (len(texts) - 1) / 59)] for i in range(60)], []
-    lines = max(text.count("\n") for text in shown) + 1
-    width = max(len(line) for text in shown for line in text.splitlines() or [""])
+    shown, frames = [], []
+    for i in range(60):
+        text = texts[round(i * (len(texts) - 1) / 59)]
+        shown.append(
+            [line[j : j + 90] for line in text.splitlines() for j in range(0, len(line) or 1, 90)][:40]
+        )
+    lines, width = max(map(len, shown)), max(len(line) for text in shown for line in text)
     for text in shown:
         canvas = Image.new("RGB", (24 + 9 * max(20, width), 24 + 19 * lines), "white")
-        ImageDraw.Draw(canvas).multiline_text((12, 10), text, fill="black", font=font, spacing=3)
+        ImageDraw.Draw(canvas).multiline_text((12, 10), "\n".join(text), fill="black", font=font, spacing=3)
         frames.append(canvas.convert("P", palette=Image.Palette.ADAPTIVE, colors=16))
     how = dict(save_all=True, append_images=frames[1:], duration=[100] * 59 + [3000], loop=0)
     write_atomic(path, lambda file: frames[0].save(file, format="GIF", **how))
@@ -321,14 +334,12 @@ def draw_film(texts: list[str], path: Path) -> Path:
 def splits(cfg: Config, facts: dict, text: str) -> tuple[Tensor, Tensor, float]:
     """Ids of the first nine tenths, for training, and of the held-out rest, and characters a token of that.
 
-    That is nanoGPT's split. Raises UserError where one of the two is shorter than a window.
+    That is nanoGPT's split. Raises UserError where one of the two is shorter than two windows.
     """
     n = int(0.9 * len(text))
     ids, ids_test = encode(facts, text[:n]), encode(facts, text[n:])
-    if min(len(ids), len(ids_test)) <= cfg.window:
-        got = (
-            f"the text has {len(ids)} training and {len(ids_test)} held-out tokens, and a window {cfg.window}"
-        )
+    if min(len(ids), len(ids_test)) < 2 * cfg.window:
+        got = f"{len(ids)} training and {len(ids_test)} held-out tokens, and two windows are {2 * cfg.window}"
         raise UserError(f"{got}: give more text, or a smaller --window")
     return ids, ids_test, (len(text) - n) / len(ids_test)
 
@@ -351,7 +362,7 @@ def train(cfg: Config, facts: dict, text: str, device, seconds: float = math.inf
         note(run, step, took, bits, error)
 
     ids, offsets = ids.to(device), torch.arange(cfg.window, device=device)
-    for _, batch in run.steps(len(ids) - cfg.window, seconds):
+    for _, batch in run.steps(len(ids) - cfg.window + 1, seconds):
         if run.due(cfg.sample_every):
             look(run.step - 1)
         x0 = ids[batch[:, None] + offsets]
@@ -423,7 +434,9 @@ def main(cfg: Config) -> None:
     if cfg.sample_from:
         model, facts, _ = load_model(cfg, Path(given), device)
         if cfg.gap and cfg.block < cfg.window:
-            say(f"behind its block of {cfg.block} a gap sees nothing; with --block {cfg.window} it sees all")
+            say(
+                f"behind its block of {cfg.block} a gap sees nothing: train with --block {cfg.window} for that"
+            )
         show_samples(cfg, facts, model, Path(cfg.out), "samples")
         return
     text = load_text(cfg.dataset, cfg.data_dir)

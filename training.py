@@ -51,7 +51,7 @@ from files import (
 # that says nothing of what its weights have learned. All other fields are fixed, also one that is added
 # tomorrow. The path of the data is free: its checksum, among the facts, says what data it is.
 FREE = frozenset(
-    "dataset out device data_dir precision max_steps vae_steps diffusion_steps lr muon_lr cooldown warmup "
+    "dataset test out device data_dir precision max_steps vae_steps diffusion_steps lr muon_lr cooldown warmup "
     "ema_decay log_every sample_every save_every resume sample_from score_from sampler order steps guidance "
     "temperature try_temperature top_p votes tries remask prompt gap length draws score_n classes n".split()
 )
@@ -468,7 +468,7 @@ class Run:
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
         rate = min(1.0, self.step / max(1, self.cfg.warmup))
         if self.cooldown:
-            left = min((self.max_steps + 1 - self.step) / self.max_steps, 1 - self.took() / self.limit)
+            left = min((self.max_steps + 1 - self.step) / self.max_steps, 1 - self.seconds / self.limit)
             rate = min(rate, max(0.0, left) / self.cooldown)
         for name, opt in self.opts.items():
             opt.param_groups[0]["lr"] = self.highest[name] * rate

@@ -66,13 +66,15 @@ def in_folder(cfg: Config, name: str, block: int) -> tokengen.Config:
     )
 
 
-def seconds_of(run: tokengen.Config) -> float:
-    """The training seconds of the run in run.out, 0 for none. Raises UserError for other settings."""
+def seconds_of(run: tokengen.Config, facts: dict) -> float:
+    """The training seconds of the run in run.out, 0 for none. Raises UserError for other settings or text."""
     path = Path(run.out) / "last.pt"
     if not path.exists():
         return 0.0
     checkpoint = load_checkpoint(path, run.kind)
     same_settings(run, checkpoint["config"], path, "keep it, or choose another --out")
+    if checkpoint["facts"]["checksum"] != facts["checksum"]:
+        raise UserError(f"{path} was trained on another text than {run.dataset}: choose another --out")
     return checkpoint["seconds"]
 
 
@@ -123,7 +125,7 @@ def train_gpt(run: tokengen.Config, facts: dict, text: str, device, seconds: flo
     """The GPT in run.out, trained for so many seconds, or loaded where it has been."""
     torch.manual_seed(run.seed)
     model = WindowGPT(tokengen.vocabulary(facts), run, device).to(device)
-    if seconds_of(run) >= seconds:
+    if seconds_of(run, facts) >= seconds:
         load_weights(model, load_checkpoint(f"{run.out}/last.pt", run.kind)["ema"], run.out)
         return model.eval()
     ids, ids_test, characters = tokengen.splits(run, facts, text)
@@ -197,7 +199,7 @@ def compare(cfg: Config, device) -> None:
         folders["GPT"] = Path(run.out)
     for block in cfg.blocks:
         run = in_folder(cfg, f"block{block}", block)
-        if seconds_of(run) < cfg.seconds:
+        if seconds_of(run, facts) < cfg.seconds:
             tokengen.train(dataclasses.replace(run, max_steps=FOREVER), facts, text, device, cfg.seconds)
         model = tokengen.load_model(run, Path(run.out) / "last.pt", device)[0]
         bits = tokengen.mean_bits(run, model, windows, characters, run.draws)
@@ -206,10 +208,10 @@ def compare(cfg: Config, device) -> None:
             rates = [tokengen.rate(fast, model, nothing, n) * characters for n in (1, 64)]
             rows.append((f"blocks of {block}", run, model, steps, bits, rates))
         one = dataclasses.replace(run, n=1, length=run.window)
-        ids = tokengen.samples(one, model, nothing)[-1][0]
+        ids = tokengen.samples(one, model, nothing)[0][0]
         written += [f"[blocks of {block}]", *tokengen.decode(facts, ids.tolist()).splitlines()]
         folders[f"blocks of {block}"] = Path(run.out)
-    print(f"\n{cfg.seconds:g} s of training each, n={len(windows)} held-out windows of {cfg.run.window}")
+    print(f"\n{cfg.seconds:g} s of training or more, n={len(windows)} held-out windows of {cfg.run.window}")
     print(
         "| | M parameters | training steps | bits a character | steps a block | characters/s at 1 | at 64 |"
     )
@@ -249,7 +251,7 @@ def reviews(cfg: Config, device) -> None:
     text, seconds = "".join(lines), cfg.share * writer.seconds
     run = dataclasses.replace(in_folder(cfg, "reviews", cfg.run.block), dataset="reviews")
     facts = tokengen.facts_of(run, text)
-    if seconds_of(run) < seconds:
+    if seconds_of(run, facts) < seconds:
         tokengen.train(dataclasses.replace(run, max_steps=FOREVER), facts, text, device, seconds)
     model, _, took = tokengen.load_model(run, Path(run.out) / "last.pt", device)
     rows = textgen.new_and_real(writer, train, test)
@@ -276,7 +278,7 @@ def ask(run: tokengen.Config, facts: dict, model, y: Tensor, steps: int) -> list
     for rating in sorted(set(y.tolist())):
         places = [i for i, label in enumerate(y.tolist()) if label == rating]
         one = dataclasses.replace(run, n=len(places), length=run.window, steps=steps)
-        ids = tokengen.samples(one, model, tokengen.encode(facts, f"{rating + 1}"))[-1]
+        ids = tokengen.samples(one, model, tokengen.encode(facts, f"{rating + 1}"))[0]
         for place, row in zip(places, ids.tolist(), strict=True):
             found[place] = tokengen.decode(facts, row)[1:].partition("\n")[0].strip()
     return found
@@ -286,7 +288,7 @@ def main(cfg: Config) -> None:
     cfg = dataclasses.replace(cfg, out=cfg.out.replace("{dataset}", run_name(cfg.dataset)))
     device = pick_device(cfg.run.device)
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    if any(cfg.run.window % block for block in cfg.blocks):
+    if any(block < 1 or cfg.run.window % block for block in cfg.blocks):
         raise UserError(f"blocks {cfg.blocks} must divide the window of {cfg.run.window}")
     reviews(cfg, device) if cfg.planner else compare(cfg, device)
 
