@@ -434,9 +434,7 @@ def main(cfg: Config) -> None:
     if cfg.sample_from:
         model, facts, _ = load_model(cfg, Path(given), device)
         if cfg.gap and cfg.block < cfg.window:
-            say(
-                f"behind its block of {cfg.block} a gap sees nothing: train with --block {cfg.window} for that"
-            )
+            say(f"behind its block of {cfg.block} a gap sees nothing: train with --block {cfg.window}")
         show_samples(cfg, facts, model, Path(cfg.out), "samples")
         return
     text = load_text(cfg.dataset, cfg.data_dir)

@@ -51,9 +51,9 @@ from files import (
 # that says nothing of what its weights have learned. All other fields are fixed, also one that is added
 # tomorrow. The path of the data is free: its checksum, among the facts, says what data it is.
 FREE = frozenset(
-    "dataset test out device data_dir precision max_steps vae_steps diffusion_steps lr muon_lr cooldown warmup "
-    "ema_decay log_every sample_every save_every resume sample_from score_from sampler order steps guidance "
-    "temperature try_temperature top_p votes tries remask prompt gap length draws score_n classes n".split()
+    "dataset test out device data_dir precision max_steps vae_steps diffusion_steps lr muon_lr cooldown "
+    "warmup ema_decay log_every sample_every save_every resume sample_from score_from sampler order steps "
+    "guidance temperature try_temperature top_p votes tries remask prompt gap length draws score_n classes n".split()
 )
 OF_THE_TRAINING = frozenset("seed batch_size".split())  # free too where nothing is trained
 
