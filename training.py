@@ -53,7 +53,8 @@ from files import (
 FREE = frozenset(
     "dataset test out device data_dir precision max_steps vae_steps diffusion_steps lr muon_lr cooldown "
     "warmup ema_decay log_every sample_every save_every resume sample_from score_from sampler order steps "
-    "guidance temperature try_temperature top_p votes tries remask prompt gap length draws score_n classes n".split()
+    "guidance temperature try_temperature top_p votes tries remask prompt gap length draws score_n "
+    "classes n".split()
 )
 OF_THE_TRAINING = frozenset("seed batch_size".split())  # free too where nothing is trained
 
