@@ -74,13 +74,15 @@ def in_folder(cfg: Config, name: str) -> reason.Config:
     return dataclasses.replace(cfg.run, out=str(folder), resume=(folder / "last.pt").exists())
 
 
-def seconds_of(cfg: reason.Config) -> float:
-    """The training seconds of the run in cfg.out, 0 for none. Raises UserError for other settings."""
+def seconds_of(cfg, facts: dict) -> float:
+    """The training seconds of the run in cfg.out, 0 for none. Raises UserError for other settings or data."""
     path = Path(cfg.out) / "last.pt"
     if not path.exists():
         return 0.0
     checkpoint = load_checkpoint(path, cfg.kind)
     same_settings(cfg, checkpoint["config"], path, "keep it, or choose another --out")
+    if checkpoint["facts"]["checksum"] != facts["checksum"]:
+        raise UserError(f"{path} was trained on other data than {cfg.dataset} is: choose another --out")
     return checkpoint["seconds"]
 
 
@@ -158,7 +160,7 @@ def train_gpt(cfg: reason.Config, facts: dict, problems: Problems, device, secon
     """The GPT-2 in cfg.out, trained for so many seconds, or loaded where it has been."""
     writer, q, target = new_writer(cfg, facts, problems)
     writer.model.to(device)
-    if seconds_of(cfg) >= seconds:
+    if seconds_of(cfg, facts) >= seconds:
         load_weights(writer.model, load_checkpoint(f"{cfg.out}/last.pt", cfg.kind)["ema"], cfg.out)
         writer.model.eval()
         return writer
@@ -222,7 +224,7 @@ def answers_only(problems: Problems) -> Problems:
 
 def ours(cfg: Config, passes: str, facts: dict, problems: Problems, device) -> Way:
     run = dataclasses.replace(in_folder(cfg, passes), passes=passes)
-    if seconds_of(run) < cfg.seconds:
+    if seconds_of(run, facts) < cfg.seconds:
         reason.train(dataclasses.replace(run, max_steps=FOREVER), facts, problems, device, cfg.seconds)
     model = reason.load_model(run, Path(run.out) / "last.pt", device)[0]
     ask = {}

@@ -20,6 +20,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import textgen
 import tokengen
+from bench.reason import FOREVER, seconds_of
 from files import UserError, figure, load_checkpoint, load_weights, say, show
 from training import (
     Run,
@@ -30,10 +31,7 @@ from training import (
     pick_device,
     run_name,
     run_script,
-    same_settings,
 )
-
-FOREVER = 10**6  # optimizer steps of a run that its seconds end
 
 
 @dataclass(frozen=True)
@@ -64,18 +62,6 @@ def in_folder(cfg: Config, name: str, block: int) -> tokengen.Config:
     return dataclasses.replace(
         cfg.run, dataset=cfg.dataset, block=block, out=str(folder), resume=(folder / "last.pt").exists()
     )
-
-
-def seconds_of(run: tokengen.Config, facts: dict) -> float:
-    """The training seconds of the run in run.out, 0 for none. Raises UserError for other settings or text."""
-    path = Path(run.out) / "last.pt"
-    if not path.exists():
-        return 0.0
-    checkpoint = load_checkpoint(path, run.kind)
-    same_settings(run, checkpoint["config"], path, "keep it, or choose another --out")
-    if checkpoint["facts"]["checksum"] != facts["checksum"]:
-        raise UserError(f"{path} was trained on another text than {run.dataset}: choose another --out")
-    return checkpoint["seconds"]
 
 
 # -- the GPT -----------------------------------------------------------------------------------------------

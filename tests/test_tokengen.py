@@ -319,6 +319,6 @@ def test_all_are_trained_for_their_seconds_compared_and_then_loaded(abc, cli, tm
     abc.with_name("other.txt").write_text(ABC + "!")
     status, said = cli("bench.tokens", *flags, "--dataset", abc.with_name("other.txt"))
     assert status == 2
-    assert "was trained on another text than" in said
+    assert "was trained on other data than" in said
     status, again = cli("bench.tokens", *flags)
     assert [line.split("|")[1:5] for line in again.splitlines() if line.startswith("| ")] == table
