@@ -95,7 +95,7 @@ class Config:
     ema_decay: float = 0.999  # upper limit of the EMA's decay; it ramps as (1 + step) / (10 + step)
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the hardware has it
     # -- sampling --
-    order: Literal["confident", "margin", "random"] = "random"  # of unmasking tokens: see `unmask`
+    order: Literal["confident", "margin", "random"] = "confident"  # of unmasking tokens: see `unmask`
     steps: int = 16  # evaluations of the denoiser for each block; at most one for each of its tokens is used
     temperature: float = 0.8  # of the tokens that are drawn; 0 takes the likeliest
     prompt: str = ""  # what a sample begins with
