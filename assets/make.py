@@ -90,6 +90,7 @@ def main(cfg: Config) -> None:
     shutil.copy(runs / "bench/images/quality.png", out / "quality.png")
     shutil.copy(runs / "sudoku/samples/focus.png", out / "sudoku.png")
     shutil.copy(runs / "bench/mult/correct.png", out / "again.png")
+    shutil.copy(runs / "bench/sudoku/correct.png", out / "tries.png")
     shutil.copy(runs / "bench/mult/curves.png", out / "reason.png")
     shutil.copy(runs / "shakespeare/samples/focus.gif", out / "writing.gif")
     shutil.copy(runs / "bench/shakespeare/curves.png", out / "tokens.png")
