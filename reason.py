@@ -25,13 +25,14 @@ from torch import Tensor
 import metrics
 from blocks import Layout, TokenTransformer, doubt, generate
 from diffusion import Masked
-from files import UserError, figure, is_main, load_checkpoint, load_weights, reading, say, show
+from files import UserError, figure, is_main, say, show
 from tasks import ANSWER, TASKS, USUAL, Problems, Size, Tokens, load_problems
 from training import (
     Run,
     autocast,
     check_run,
     finished,
+    load_averaged,
     matrices_of,
     millions,
     need,
@@ -39,7 +40,6 @@ from training import (
     pick_device,
     run_name,
     run_script,
-    saved_config,
     wait,
 )
 
@@ -472,13 +472,8 @@ def load(path, device="auto"):
 
 
 def load_model(cfg: Config | None, path, device: torch.device) -> tuple[TokenTransformer, dict, float]:
-    """The EMA weights in a checkpoint, its facts and its training seconds. cfg: None for the saved one."""
-    checkpoint = load_checkpoint(path, Config.kind, Facts)
-    cfg = cfg or saved_config(Config, checkpoint["config"], path)
-    with reading(path):
-        model = build(cfg, checkpoint["facts"], device)
-    load_weights(model, checkpoint["ema"], path)
-    return model.eval(), checkpoint["facts"], checkpoint["seconds"]
+    """The denoiser in a checkpoint, its facts and its training seconds: see `load_averaged`."""
+    return load_averaged(Config, Facts, build, cfg, path, device)
 
 
 def rates(ask, q: Tensor) -> str:

@@ -306,12 +306,12 @@ def load_problems(dataset: str, size=USUAL, n=50_000, form="equations", test=Non
     data set that is not to be had, a row that is not a problem, or an empty split.
     """
     task, left_out = TASKS.get(dataset), ""
+    if test and task and task.axes:
+        raise UserError(f"--test is a file of questions and chains: {dataset} has none")
     if task:
         splits = make_problems(task, size, n)
     else:
         splits, left_out = read_splits(dataset, form, hold_out=not test)
-    if test and task and task.axes:
-        raise UserError(f"--test is a file of questions and chains: {dataset} has none")
     if test:
         splits["test"] = read_problems(read_tables(test, OFFLINE)[0]["train"], form)
     train, tested = splits["train"], {question for question, _ in splits["test"]}
@@ -391,9 +391,8 @@ def read_thoughts(answer: str, form: str, where: str) -> list[str]:
     if re.search(r"[.:;!?]\s|[\r\n]", line):
         raise UserError(f"{where}: {line[:60]!r} is more than an answer; leave just that behind ####")
     thoughts = re.findall(r"<<.*?>>", chain)
-    if form == "equations" and re.fullmatch(
-        r"\d( \d)+( [\d+()])* ?", chain
-    ):  # as in the files of implicit chain of thought
+    # As in the files of implicit chain of thought.
+    if form == "equations" and re.fullmatch(r"\d( \d)+( [\d+()])* ?", chain):
         thoughts = re.split(r" (?=\+)", chain.strip())
     elif form == "text":
         thoughts = [re.sub(r"<<.*?>>", "", line).strip() for line in lines_of(chain)]

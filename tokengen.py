@@ -31,9 +31,6 @@ from diffusion import Masked
 from files import (
     UserError,
     is_main,
-    load_checkpoint,
-    load_weights,
-    reading,
     reason,
     say,
     show,
@@ -43,6 +40,7 @@ from training import (
     Run,
     autocast,
     check_run,
+    load_averaged,
     matrices_of,
     millions,
     need,
@@ -50,7 +48,6 @@ from training import (
     pick_device,
     run_name,
     run_script,
-    saved_config,
 )
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -172,15 +169,25 @@ def load_text(dataset: str, data_dir: str) -> str:
         raise UserError(f"{path} is not a text in UTF-8 ({reason(error)}): save it as one") from error
 
 
+def cut(text: str) -> tuple[str, str]:
+    """The first nine tenths of a text, for training, and the held-out rest: nanoGPT's split."""
+    n = int(0.9 * len(text))
+    return text[:n], text[n:]
+
+
+def checksum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def facts_of(cfg: Config, text: str) -> dict:
     """What a checkpoint must know of its text, in plain types."""
-    lines = text[: int(0.9 * len(text))].splitlines(keepends=True)
+    lines = cut(text)[0].splitlines(keepends=True)
     codec = train_codec(lines, cfg.vocab, 0, prefix_space=False) if cfg.vocab else None
     return dict(
         alphabet="".join(sorted(set(text))),
         tokenizer=codec and codec.decoder,
         characters=len(text),
-        checksum=hashlib.sha256(text.encode()).hexdigest()[:12],
+        checksum=checksum(text),
     )
 
 
@@ -254,13 +261,8 @@ def load(path, device="auto"):
 
 
 def load_model(cfg: Config | None, path, device: torch.device) -> tuple[TokenTransformer, dict, float]:
-    """The EMA weights in a checkpoint, its facts and its training seconds. cfg: None for the saved one."""
-    checkpoint = load_checkpoint(path, Config.kind, Facts)
-    cfg = cfg or saved_config(Config, checkpoint["config"], path)
-    with reading(path):
-        model = build(cfg, checkpoint["facts"], device)
-    load_weights(model, checkpoint["ema"], path)
-    return model.eval(), checkpoint["facts"], checkpoint["seconds"]
+    """The denoiser in a checkpoint, its facts and its training seconds: see `load_averaged`."""
+    return load_averaged(Config, Facts, build, cfg, path, device)
 
 
 @torch.no_grad()
@@ -293,13 +295,13 @@ def samples(cfg: Config, model: TokenTransformer, prompt: Tensor) -> tuple[Tenso
     return ids, states
 
 
-def show_samples(cfg: Config, facts: dict, model: TokenTransformer, out: Path, name: str) -> None:
+def show_samples(cfg: Config, facts: dict, model: TokenTransformer, out: Path) -> None:
     """Print n samples, and the first one as it comes into focus, which is drawn as a moving picture too."""
     ids, states = samples(cfg, model, encode_prompt(cfg, facts))
     lines, focus = [], []
     for i, row in enumerate(ids.tolist()):
         lines += [f"[{i + 1}]", *decode(facts, row).splitlines()]
-    show(out, name, lines)
+    show(out, "samples", lines)
     texts = [decode(facts, state.tolist()) for state in states]
     for i in range(5):
         focus += [f"({i + 1})", *texts[round(i * (len(texts) - 1) / 4)].splitlines()]
@@ -334,14 +336,13 @@ def draw_film(texts: list[str], path: Path) -> Path:
 def splits(cfg: Config, facts: dict, text: str) -> tuple[Tensor, Tensor, float]:
     """Ids of the first nine tenths, for training, and of the held-out rest, and characters a token of that.
 
-    That is nanoGPT's split. Raises UserError where one of the two is shorter than two windows.
+    Raises UserError where one of the two is shorter than two windows.
     """
-    n = int(0.9 * len(text))
-    ids, ids_test = encode(facts, text[:n]), encode(facts, text[n:])
+    ids, ids_test = (encode(facts, part) for part in cut(text))
     if min(len(ids), len(ids_test)) < 2 * cfg.window:
         got = f"{len(ids)} training and {len(ids_test)} held-out tokens, and two windows are {2 * cfg.window}"
         raise UserError(f"{got}: give more text, or a smaller --window")
-    return ids, ids_test, (len(text) - n) / len(ids_test)
+    return ids, ids_test, len(cut(text)[1]) / len(ids_test)
 
 
 def train(cfg: Config, facts: dict, text: str, device, seconds: float = math.inf) -> None:
@@ -396,10 +397,17 @@ def mean_bits(cfg: Config, model, windows: Tensor, characters: float, draws: int
 
     characters: of a token, on average.
     """
-    generator, nats = torch.Generator().manual_seed(cfg.seed), []
+    generator, draws = torch.Generator().manual_seed(cfg.seed), draws if cfg.block > 1 else 1
+    return bits_of(lambda part: bound(model, part[:, :0], part, draws, generator), cfg, windows, characters)
+
+
+@torch.no_grad()
+def bits_of(nats_of, cfg: Config, windows: Tensor, characters: float) -> tuple[float, float]:
+    """The mean of nats_of(windows) (N,), in bits a character, and its standard error."""
+    nats = []
     for part in windows.split(cfg.batch_size):
         with autocast(part.device, cfg.precision):
-            nats.append(bound(model, part[:, :0], part, draws if cfg.block > 1 else 1, generator))
+            nats.append(nats_of(part))
     bits = torch.cat(nats) / (windows.shape[1] * characters * math.log(2))
     return bits.mean().item(), (bits.std() / math.sqrt(len(bits))).item()
 
@@ -413,19 +421,29 @@ def score(cfg: Config, facts: dict, model, text: str, seconds: float) -> None:
     of = "exactly" if cfg.block == 1 else f"at most, {cfg.draws} masks each"
     say(f"score: n={len(windows)} held-out windows of {cfg.window}, seed {cfg.seed}; {device}")
     say(f"  block {cfg.block}: {bits:.4f} +- {error:.4f} bits a character ({of})")
-    nothing = torch.zeros(0, dtype=torch.long)
-    fast = [f"{rate(cfg, model, nothing, n) * characters:.3g} at batch {n}" for n in (1, 64)]
+    fast = [f"{rate(cfg, model, n) * characters:.3g} at batch {n}" for n in (1, 64)]
     say(f"  {millions(model)}, trained {seconds:.0f} s; characters a second: {', '.join(fast)}")
 
 
-def rate(cfg: Config, model, prompt: Tensor, n: int) -> float:
-    """Tokens a second that are written, n windows at a time; the better of two rounds."""
-    took, one = [], dataclasses.replace(cfg, n=n, length=cfg.window)
+def one_window(cfg: Config, model, n: int) -> Tensor:
+    """Ids (n, window) of new texts, as long as a window."""
+    cfg, nothing = dataclasses.replace(cfg, n=n, length=cfg.window), torch.zeros(0, dtype=torch.long)
+    return samples(cfg, model, nothing)[0]
+
+
+def rate(cfg: Config, model, n: int) -> float:
+    """Tokens a second that are written, n windows at a time."""
+    return tokens_a_second(lambda: one_window(cfg, model, n))
+
+
+def tokens_a_second(write_ids) -> float:
+    """Tokens a second that write_ids() gives; the better of two rounds."""
+    took = []
     for _ in range(2):
         start = time.perf_counter()
-        samples(one, model, prompt)
+        ids = write_ids()
         took.append(time.perf_counter() - start)
-    return n * cfg.window / min(took)
+    return ids.numel() / min(took)
 
 
 def main(cfg: Config) -> None:
@@ -435,22 +453,21 @@ def main(cfg: Config) -> None:
         model, facts, _ = load_model(cfg, Path(given), device)
         if cfg.gap and cfg.block < cfg.window:
             say(f"behind its block of {cfg.block} a gap sees nothing: train with --block {cfg.window}")
-        show_samples(cfg, facts, model, Path(cfg.out), "samples")
+        show_samples(cfg, facts, model, Path(cfg.out))
         return
     text = load_text(cfg.dataset, cfg.data_dir)
-    facts = facts_of(cfg, text)
     path = Path(given or f"{cfg.out}/last.pt")
     if not given:
-        train(cfg, facts, text, device)
+        train(cfg, facts_of(cfg, text), text, device)
     if not is_main():
         return
     model, trained, seconds = load_model(cfg, path, device)
-    if trained["checksum"] != facts["checksum"]:
+    if trained["checksum"] != checksum(text):
         raise UserError(f"{cfg.dataset} is not the text that {path} was trained on: choose that")
     if cfg.score_from:
         score(cfg, trained, model, text, seconds)
         return
-    show_samples(cfg, trained, model, Path(cfg.out), "samples")
+    show_samples(cfg, trained, model, Path(cfg.out))
     with not_fatal("scored"):
         score(cfg, trained, model, text, seconds)
     say(f'go on with a text: python tokengen.py --sample_from {shlex.quote(str(path))} --prompt "..."')

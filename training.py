@@ -209,6 +209,19 @@ def saved_config(config_class, saved: dict, path):
         return config_class(**saved)
 
 
+def load_averaged(config_class, facts_class, build, cfg, path, device):
+    """The network in a checkpoint, of the EMA weights, its facts and its training seconds.
+
+    build(cfg, facts, device) makes the network. cfg: None for the saved configuration.
+    """
+    checkpoint = load_checkpoint(path, config_class.kind, facts_class)
+    cfg = cfg or saved_config(config_class, checkpoint["config"], path)
+    with reading(path):
+        model = build(cfg, checkpoint["facts"], device)
+    load_weights(model, checkpoint["ema"], path)
+    return model.eval(), checkpoint["facts"], checkpoint["seconds"]
+
+
 def run_name(dataset: str) -> str:
     """The name of a data set's run: its own, or that of its file or folder."""
     return Path(dataset).resolve().stem.lower()

@@ -296,10 +296,10 @@ def table_rows(way: Way, n: int, device) -> tuple[list[str], str]:
     return rows, f"  {way.name}, {first}:{reason.rates(way.ask[first], ids)}"
 
 
-def read_eval(folder: Path) -> list[tuple[float, float, float]]:
-    """Step, training seconds and share of right answers of each evaluation of a run."""
+def read_eval(folder: Path, column="answer") -> list[tuple[float, float, float]]:
+    """Step, training seconds and a column, the share of right answers, of each evaluation of a run."""
     with open(folder / "eval.csv", encoding="utf-8") as file:
-        return [(float(r["step"]), float(r["seconds"]), float(r["answer"])) for r in csv.DictReader(file)]
+        return [(float(r["step"]), float(r["seconds"]), float(r[column])) for r in csv.DictReader(file)]
 
 
 def compare(cfg: Config, problems: Problems, device) -> None:

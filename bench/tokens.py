@@ -7,10 +7,8 @@ The GPT is a GPT-NeoX of the library transformers: as wide and as deep, with rot
 trained on the same windows and writes with its cache.
 """
 
-import csv
 import dataclasses
-import math
-import time
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import textgen
 import tokengen
-from bench.reason import FOREVER, seconds_of
+from bench.reason import FOREVER, read_eval, seconds_of
 from files import UserError, figure, load_checkpoint, load_weights, say, show
 from training import (
     Run,
@@ -31,6 +29,7 @@ from training import (
     pick_device,
     run_name,
     run_script,
+    saved_config,
 )
 
 
@@ -102,9 +101,8 @@ class WindowGPT(nn.Module):
         """Ids (n, length) of new texts, by transformers' own cached sampling."""
         begin = torch.full((n, 1), self.V, device=self.gpt.device)
         how = dict(do_sample=True, temperature=temperature, top_k=0, min_new_tokens=length)
-        return self.gpt.generate(begin, max_new_tokens=length, attention_mask=torch.ones_like(begin), **how)[
-            :, 1:
-        ]
+        how |= dict(max_new_tokens=length, attention_mask=torch.ones_like(begin))
+        return self.gpt.generate(begin, **how)[:, 1:]
 
 
 def train_gpt(run: tokengen.Config, facts: dict, text: str, device, seconds: float) -> WindowGPT:
@@ -138,28 +136,15 @@ def train_gpt(run: tokengen.Config, facts: dict, text: str, device, seconds: flo
     return loop.ema.module.eval()
 
 
-@torch.no_grad()
-def gpt_bits(
-    run: tokengen.Config, model: WindowGPT, windows: Tensor, characters: float
-) -> tuple[float, float]:
+def gpt_bits(run: tokengen.Config, model: WindowGPT, windows: Tensor, characters: float):
     """Bits a character of windows (N, W), and the standard error."""
-    bits = []
-    for part in windows.split(run.batch_size):
-        with autocast(part.device, run.precision):
-            bits.append(model(part).mean(1) / (characters * math.log(2)))
-    bits = torch.cat(bits)
-    return bits.mean().item(), (bits.std() / math.sqrt(len(bits))).item()
+    return tokengen.bits_of(lambda part: model(part).sum(1), run, windows, characters)
 
 
-def gpt_rate(run: tokengen.Config, model: WindowGPT, n: int) -> float:
-    """Tokens a second that are written, n windows at a time; the better of two rounds."""
-    took = []
-    for _ in range(2):
-        start = time.perf_counter()
-        with autocast(model.gpt.device, run.precision):
-            model.write(n, run.window, run.temperature)
-        took.append(time.perf_counter() - start)
-    return n * run.window / min(took)
+def gpt_window(run: tokengen.Config, model: WindowGPT, n: int) -> Tensor:
+    """Ids (n, window) of new texts, as long as a window."""
+    with autocast(model.gpt.device, run.precision):
+        return model.write(n, run.window, run.temperature)
 
 
 # -- bits a character --------------------------------------------------------------------------------------
@@ -171,49 +156,46 @@ def compare(cfg: Config, device) -> None:
     facts = tokengen.facts_of(cfg.run, text)
     _, ids_test, characters = tokengen.splits(cfg.run, facts, text)
     windows = tokengen.held_out_windows(cfg.run, ids_test, cfg.run.score_n).to(device)
-    nothing = torch.zeros(0, dtype=torch.long)
-    rows, written, folders = [], [], {}
+    rows, written, logs = [], [], {}
     if cfg.gpt:
         run = in_folder(cfg, "gpt", 1)
         model = train_gpt(run, facts, text, device, cfg.seconds)
         bits = gpt_bits(run, model, windows, characters)
-        rates = [gpt_rate(run, model, n) * characters for n in (1, 64)]
-        rows.append(("GPT", run, model, "-", bits, rates))
-        with autocast(device, run.precision):
-            ids = model.write(1, run.window, run.temperature)[0]
+        rates = []
+        for n in (1, 64):
+            fast = tokengen.tokens_a_second(functools.partial(gpt_window, run, model, n))
+            rates.append(fast * characters)
+        logs["GPT"] = read_eval(Path(run.out), "bits")
+        rows.append(("GPT", model, "-", bits, rates))
+        ids = gpt_window(run, model, 1)[0]
         written += ["[GPT]", *tokengen.decode(facts, ids.tolist()).splitlines()]
-        folders["GPT"] = Path(run.out)
     for block in cfg.blocks:
         run = in_folder(cfg, f"block{block}", block)
         if seconds_of(run, facts) < cfg.seconds:
             tokengen.train(dataclasses.replace(run, max_steps=FOREVER), facts, text, device, cfg.seconds)
         model = tokengen.load_model(run, Path(run.out) / "last.pt", device)[0]
-        bits = tokengen.mean_bits(run, model, windows, characters, run.draws)
+        bits, name = tokengen.mean_bits(run, model, windows, characters, run.draws), f"blocks of {block}"
+        logs[name] = read_eval(Path(run.out), "bits")
         for steps in sorted({min(4, block), min(run.steps, block)}):
             fast = dataclasses.replace(run, steps=steps)
-            rates = [tokengen.rate(fast, model, nothing, n) * characters for n in (1, 64)]
-            rows.append((f"blocks of {block}", run, model, steps, bits, rates))
-        one = dataclasses.replace(run, n=1, length=run.window)
-        ids = tokengen.samples(one, model, nothing)[0][0]
-        written += [f"[blocks of {block}]", *tokengen.decode(facts, ids.tolist()).splitlines()]
-        folders[f"blocks of {block}"] = Path(run.out)
+            rates = [tokengen.rate(fast, model, n) * characters for n in (1, 64)]
+            rows.append((name, model, steps, bits, rates))
+        ids = tokengen.one_window(run, model, 1)[0]
+        written += [f"[{name}]", *tokengen.decode(facts, ids.tolist()).splitlines()]
     print(f"\n{cfg.seconds:g} s of training or more, n={len(windows)} held-out windows of {cfg.run.window}")
-    print(
-        "| | M parameters | training steps | bits a character | steps a block | characters/s at 1 | at 64 |"
-    )
-    print("|---" * 7 + "|")
-    for name, run, model, steps, (bits, error), rates in rows:
-        trained = load_checkpoint(f"{run.out}/last.pt", run.kind)["step"]
-        cells = [name, f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}", str(trained)]
+    head = "M parameters | training steps | bits a character | steps a block | characters/s at 1 | at 64"
+    print(f"| | {head} |", "|---" * 7 + "|", sep="\n")
+    for name, model, steps, (bits, error), rates in rows:
+        trained = f"{logs[name][-1][0]:.0f}"
+        cells = [name, f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}", trained]
         cells += [f"{bits:.3f} +- {error:.3f}", str(steps), *(f"{rate:.3g}" for rate in rates)]
         print(f"| {' | '.join(cells)} |")
     show(cfg.out, "samples", written)
     path = Path(cfg.out) / "curves.png"
     with figure(path, (7, 4)) as (_, ax):
-        for name, folder in folders.items():
-            with open(folder / "eval.csv", encoding="utf-8") as file:
-                points = [(float(row["seconds"]), float(row["bits"])) for row in csv.DictReader(file)]
-            ax.plot(*zip(*points, strict=True), "--" if name == "GPT" else "-", label=name)
+        for name, log in logs.items():
+            _, seconds, bits = zip(*log, strict=True)
+            ax.plot(seconds, bits, "--" if name == "GPT" else "-", label=name)
         ax.set(xlabel="training seconds", ylabel="bits a character, held out (at most)")
         ax.legend()
     print("wrote", path)
@@ -227,9 +209,10 @@ def reviews(cfg: Config, device) -> None:
 
     Ours are lines of a text, "5 the room was ...", and are asked for by their first character.
     """
-    writer = textgen.load_writer(None, cfg.planner, device)
-    texts = textgen.texts_of(writer.cfg)
-    writer = textgen.load_writer(None, cfg.planner, device, texts)
+    saved = load_checkpoint(cfg.planner, textgen.Config.kind)["config"]
+    planner = saved_config(textgen.Config, saved, cfg.planner)
+    texts = textgen.texts_of(planner)
+    writer = textgen.load_writer(planner, cfg.planner, device, texts)
     train, test = (textgen.split_pieces(writer.cfg, writer.codec, texts, name) for name in ("train", "test"))
     lines = []
     for row, y in zip(writer.codec.decode(train.target), train.y.tolist(), strict=True):
@@ -251,11 +234,8 @@ def reviews(cfg: Config, device) -> None:
     print(f"| | {' | '.join(scores['samples'])} |\n|---{'|---' * len(scores['samples'])}|")
     for name, values in scores.items():
         print(f"| {name} | {' | '.join(f'{value:.3g}' for value in values.values())} |")
-    show(
-        cfg.out,
-        "reviews",
-        [f"[{label + 1}] {row}" for row, label in zip(rows[name][0], y.tolist(), strict=True)][:20],
-    )
+    written = [f"[{label + 1}] {row}" for row, label in zip(rows[name][0], y.tolist(), strict=True)]
+    show(cfg.out, "reviews", written[:20])
 
 
 def ask(run: tokengen.Config, facts: dict, model, y: Tensor, steps: int) -> list[str]:
