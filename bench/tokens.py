@@ -126,7 +126,7 @@ def train_gpt(run: tokengen.Config, facts: dict, text: str, device, seconds: flo
         with loop.pause():
             tokengen.note(loop, step, took, *gpt_bits(run, loop.ema.module, test, characters))
 
-    for _, batch in loop.steps(len(ids) - run.window, seconds):
+    for _, batch in loop.steps(len(ids) - run.window + 1, seconds):
         if loop.due(run.sample_every):
             look(loop.step - 1)
         with autocast(device, run.precision):
