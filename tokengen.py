@@ -75,6 +75,7 @@ class Config:
     )
     data_dir: str = "data"  # where what is downloaded is put
     vocab: int = 0  # tokens of a BPE that is trained on the text; 0: its characters
+    lines: bool = False  # each line is a text of its own: windows begin where a line does
     # -- diffusion --
     window: int = 128  # tokens that the model sees at a time
     block: int = 16  # tokens of a block, which divides the window; 1: autoregression
@@ -238,9 +239,18 @@ def encode_prompt(cfg: Config, facts: dict) -> Tensor:
     return ids
 
 
-def held_out_windows(cfg: Config, ids: Tensor, n: int) -> Tensor:
-    """At most n windows (n, window) of ids that do not overlap, evenly spread."""
-    windows = ids[: len(ids) // cfg.window * cfg.window].view(-1, cfg.window)
+def windows_of(cfg: Config, facts: dict, ids: Tensor, apart: int = 1) -> Tensor:
+    """Windows (N, window) of ids, one every `apart` tokens; with cfg.lines those that begin a line."""
+    if not cfg.lines:
+        return ids.unfold(0, cfg.window, apart)
+    begins = F.pad(ids[:-1] == encode(facts, "\n").item(), (1, 0), value=True)
+    windows = ids.unfold(0, cfg.window, 1)
+    return windows[begins[: len(windows)]]
+
+
+def held_out_windows(cfg: Config, facts: dict, ids: Tensor, n: int) -> Tensor:
+    """At most n windows (n, window) of ids, evenly spread; they do not overlap, but for those of lines."""
+    windows = windows_of(cfg, facts, ids, cfg.window)
     return windows[torch.linspace(0, len(windows) - 1, min(n, len(windows))).long()]
 
 
@@ -342,6 +352,8 @@ def splits(cfg: Config, facts: dict, text: str) -> tuple[Tensor, Tensor, float]:
     if min(len(ids), len(ids_test)) < 2 * cfg.window:
         got = f"{len(ids)} training and {len(ids_test)} held-out tokens, and two windows are {2 * cfg.window}"
         raise UserError(f"{got}: give more text, or a smaller --window")
+    if cfg.lines and "\n" not in text:
+        raise UserError("--lines, but the text has a single line")
     return ids, ids_test, len(cut(text)[1]) / len(ids_test)
 
 
@@ -354,7 +366,8 @@ def train(cfg: Config, facts: dict, text: str, device, seconds: float = math.inf
     run = Run(cfg, model, device, facts, cfg.out, cfg.max_steps, cfg.batch_size, **how)
     size = f"{len(ids)} training and {len(ids_test)} held-out tokens of {vocabulary(facts)} kinds"
     say(f"{cfg.dataset}: {size}; {millions(model)}; {device}, {run.world} process(es)")
-    test = held_out_windows(cfg, ids_test, 100).to(device)
+    windows = windows_of(cfg, facts, ids.to(device))
+    test = held_out_windows(cfg, facts, ids_test, 100).to(device)
 
     def look(step: int) -> None:
         took = run.took()
@@ -362,11 +375,10 @@ def train(cfg: Config, facts: dict, text: str, device, seconds: float = math.inf
             bits, error = mean_bits(cfg, run.ema.module, test, characters, draws=4)
         note(run, step, took, bits, error)
 
-    ids, offsets = ids.to(device), torch.arange(cfg.window, device=device)
-    for _, batch in run.steps(len(ids) - cfg.window + 1, seconds):
+    for _, batch in run.steps(len(windows), seconds):
         if run.due(cfg.sample_every):
             look(run.step - 1)
-        x0 = ids[batch[:, None] + offsets]
+        x0 = windows[batch]
         u = cfg.masks[0] + (cfg.masks[1] - cfg.masks[0]) * stratified(len(x0), len(layout.widths), device)
         hidden = hide(layout, x0, u)
         with autocast(device, cfg.precision):
@@ -416,7 +428,7 @@ def score(cfg: Config, facts: dict, model, text: str, seconds: float) -> None:
     """Print the bound on the bits a character of held-out windows, and the rates of writing."""
     _, ids, characters = splits(cfg, facts, text)
     device = next(model.parameters()).device
-    windows = held_out_windows(cfg, ids, cfg.score_n).to(device)
+    windows = held_out_windows(cfg, facts, ids, cfg.score_n).to(device)
     bits, error = mean_bits(cfg, model, windows, characters, cfg.draws)
     of = "exactly" if cfg.block == 1 else f"at most, {cfg.draws} masks each"
     say(f"score: n={len(windows)} held-out windows of {cfg.window}, seed {cfg.seed}; {device}")

@@ -73,8 +73,7 @@ def quality(path: Path, device) -> None:
         rows[f"GPT-2 top-p {top_p:g}"] = (write_reviews(writer, baseline, y, top_p), y)
     scores = textgen.score_rows(cfg, rows, train, test)
     for name, (new, _) in rows.items():
-        target = writer.codec.encode(new)[1]
-        scores[name]["perplexity"] = math.exp(mean_nats(judge, torch.full((len(new),), -1), target, device))
+        scores[name]["perplexity"] = judged(writer, judge, new)
     try:
         perplexity = load_gpt2(device)
         for name, (new, _) in rows.items():
@@ -118,6 +117,12 @@ def train_gpt(writer: textgen.Writer, train: Pieces, test: Pieces, out: Path, na
     run.extra["done"] = True
     run.save()
     return run.ema.module.eval()
+
+
+def judged(writer: textgen.Writer, judge: LabelGPT, texts: list[str]) -> float:
+    """The perplexity of texts, by the judge."""
+    target = writer.codec.encode(texts)[1]
+    return math.exp(mean_nats(judge, torch.full((len(texts),), -1), target, writer.device))
 
 
 def make_decoder(writer: textgen.Writer, name: str) -> GPT2LMHeadModel:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+import bench.text
 import textgen
 import tokengen
 from bench.reason import FOREVER, read_eval, seconds_of
@@ -97,11 +98,12 @@ class WindowGPT(nn.Module):
         return nn.functional.cross_entropy(logits.movedim(-1, 1), x0, reduction="none")
 
     @torch.no_grad()
-    def write(self, n: int, length: int, temperature: float) -> Tensor:
-        """Ids (n, length) of new texts, by transformers' own cached sampling."""
-        begin = torch.full((n, 1), self.V, device=self.gpt.device)
-        how = dict(do_sample=True, temperature=temperature, top_k=0, min_new_tokens=length)
-        how |= dict(max_new_tokens=length, attention_mask=torch.ones_like(begin))
+    def write(self, n: int, length: int, temperature: float, prompt=()) -> Tensor:
+        """Ids (n, length) of texts that begin with the ids of a prompt, by transformers' cached sampling."""
+        begin = torch.tensor([[self.V, *prompt]], device=self.gpt.device).expand(n, -1)
+        new = length - len(prompt)
+        how = dict(do_sample=True, temperature=temperature, top_k=0, min_new_tokens=new)
+        how |= dict(max_new_tokens=new, attention_mask=torch.ones_like(begin))
         return self.gpt.generate(begin, **how)[:, 1:]
 
 
@@ -113,24 +115,24 @@ def train_gpt(run: tokengen.Config, facts: dict, text: str, device, seconds: flo
         load_weights(model, load_checkpoint(f"{run.out}/last.pt", run.kind)["ema"], run.out)
         return model.eval()
     ids, ids_test, characters = tokengen.splits(run, facts, text)
-    test = tokengen.held_out_windows(run, ids_test, 100).to(device)
+    windows = tokengen.windows_of(run, facts, ids.to(device))
+    test = tokengen.held_out_windows(run, facts, ids_test, 100).to(device)
     matrices = matrices_of(model.gpt.gpt_neox.layers)
     loop = Run(
         run, model, device, facts, run.out, FOREVER, run.batch_size, matrices=matrices, cooldown=run.cooldown
     )
     say(f"{run.out}: {millions(model)}")
-    ids, offsets = ids.to(device), torch.arange(run.window, device=device)
 
     def look(step: int) -> None:
         took = loop.took()
         with loop.pause():
             tokengen.note(loop, step, took, *gpt_bits(run, loop.ema.module, test, characters))
 
-    for _, batch in loop.steps(len(ids) - run.window + 1, seconds):
+    for _, batch in loop.steps(len(windows), seconds):
         if loop.due(run.sample_every):
             look(loop.step - 1)
         with autocast(device, run.precision):
-            loss = loop.model(ids[batch[:, None] + offsets]).mean()
+            loss = loop.model(windows[batch]).mean()
         loop.update(loss)
     look(loop.step)
     return loop.ema.module.eval()
@@ -141,10 +143,10 @@ def gpt_bits(run: tokengen.Config, model: WindowGPT, windows: Tensor, characters
     return tokengen.bits_of(lambda part: model(part).sum(1), run, windows, characters)
 
 
-def gpt_window(run: tokengen.Config, model: WindowGPT, n: int) -> Tensor:
-    """Ids (n, window) of new texts, as long as a window."""
+def gpt_window(run: tokengen.Config, model: WindowGPT, n: int, prompt=()) -> Tensor:
+    """Ids (n, window) of new texts, as long as a window, that begin with the ids of a prompt."""
     with autocast(model.gpt.device, run.precision):
-        return model.write(n, run.window, run.temperature)
+        return model.write(n, run.window, run.temperature, prompt)
 
 
 # -- bits a character --------------------------------------------------------------------------------------
@@ -155,7 +157,7 @@ def compare(cfg: Config, device) -> None:
     text = tokengen.load_text(cfg.dataset, cfg.run.data_dir)
     facts = tokengen.facts_of(cfg.run, text)
     _, ids_test, characters = tokengen.splits(cfg.run, facts, text)
-    windows = tokengen.held_out_windows(cfg.run, ids_test, cfg.run.score_n).to(device)
+    windows = tokengen.held_out_windows(cfg.run, facts, ids_test, cfg.run.score_n).to(device)
     rows, written, logs = [], [], {}
     if cfg.gpt:
         run = in_folder(cfg, "gpt", 1)
@@ -218,33 +220,46 @@ def reviews(cfg: Config, device) -> None:
     for row, y in zip(writer.codec.decode(train.target), train.y.tolist(), strict=True):
         lines.append(f"{y + 1} {' '.join(row.split())}\n")
     text, seconds = "".join(lines), cfg.share * writer.seconds
-    run = dataclasses.replace(in_folder(cfg, "reviews", cfg.run.block), dataset="reviews")
+    run = dataclasses.replace(in_folder(cfg, "reviews", cfg.run.block), dataset="reviews", lines=True)
     facts = tokengen.facts_of(run, text)
     if seconds_of(run, facts) < seconds:
         tokengen.train(dataclasses.replace(run, max_steps=FOREVER), facts, text, device, seconds)
     model, _, took = tokengen.load_model(run, Path(run.out) / "last.pt", device)
     rows = textgen.new_and_real(writer, train, test)
     y = rows["samples"][1]
-    for steps in sorted({4, 8, run.block} if run.block > 1 else {1}):
-        rows[f"tokens, {steps} steps a block"] = (ask(run, facts, model, y, steps), y)
+    for steps in sorted({1, 2, 4, 8, 16, run.block}):
+        if steps <= run.block:
+            how = dataclasses.replace(run, length=run.window, steps=steps)
+            written = ask(how, facts, model, y)
+            rows[f"tokens, {steps} steps a block"] = (written, y)
+    if cfg.gpt:
+        run = dataclasses.replace(in_folder(cfg, "gpt", 1), dataset="reviews", lines=True)
+        rows["GPT"] = (ask(run, facts, train_gpt(run, facts, text, device, seconds), y), y)
     scores = textgen.score_rows(writer.cfg, rows, train, test)
+    if writer.cfg.dataset != "grammar":  # which has a check of its own
+        judge = bench.text.train_gpt(writer, train, test, Path(cfg.planner).parent, "judge")
+        for name, (new, _) in rows.items():
+            scores[name]["perplexity"] = bench.text.judged(writer, judge, new)
     print(
         f"\nn={len(y)}; textgen.py trained {writer.seconds:.0f} s, tokens {took:.0f} s, blocks of {run.block}"
     )
     print(f"| | {' | '.join(scores['samples'])} |\n|---{'|---' * len(scores['samples'])}|")
     for name, values in scores.items():
         print(f"| {name} | {' | '.join(f'{value:.3g}' for value in values.values())} |")
-    written = [f"[{label + 1}] {row}" for row, label in zip(rows[name][0], y.tolist(), strict=True)]
-    show(cfg.out, "reviews", written[:20])
+    shown = [f"[{label + 1}] {row}" for row, label in zip(written, y.tolist(), strict=True)]
+    show(cfg.out, "reviews", shown[:20])
 
 
-def ask(run: tokengen.Config, facts: dict, model, y: Tensor, steps: int) -> list[str]:
-    """A review of each rating y (n,), 0 the lowest."""
+def ask(run: tokengen.Config, facts: dict, model, y: Tensor) -> list[str]:
+    """A review of each rating y (n,), 0 the lowest, by ours or by the GPT."""
     found: list[str] = [""] * len(y)
     for rating in sorted(set(y.tolist())):
         places = [i for i, label in enumerate(y.tolist()) if label == rating]
-        one = dataclasses.replace(run, n=len(places), length=run.window, steps=steps)
-        ids = tokengen.samples(one, model, tokengen.encode(facts, f"{rating + 1}"))[0]
+        prompt, n = tokengen.encode(facts, f"{rating + 1}"), len(places)
+        if isinstance(model, WindowGPT):
+            ids = gpt_window(run, model, n, prompt.tolist())
+        else:
+            ids = tokengen.samples(dataclasses.replace(run, n=n), model, prompt)[0]
         for place, row in zip(places, ids.tolist(), strict=True):
             found[place] = tokengen.decode(facts, row)[1:].partition("\n")[0].strip()
     return found

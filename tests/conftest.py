@@ -62,3 +62,4 @@ SMALL_TEXT = (  # and of textgen.py
     "--vae_batch 16 --width 32 --depth 1 --diffusion_batch 16 --sampler dpm++ --steps 4"
 ).split()
 SMALL_REASON = "--width 32 --depth 1 --batch_size 16 --steps 2 --votes 2 --train_n 300".split()
+SMALL_TOKENS = "--window 32 --block 8 --width 32 --depth 1 --batch_size 8 --score_n 6 --draws 2".split()

@@ -5,6 +5,7 @@ Each kind yields (fault, case, what did not hold or "", the folder or file of th
 
 import copy
 import dataclasses
+import functools
 import importlib
 import io
 import os
@@ -25,6 +26,7 @@ from PIL import Image
 
 import data
 import tasks
+import tokengen
 import training
 
 EXPLODED = WORK / "exploded"  # what a hostile pickle makes, if its code runs
@@ -215,7 +217,10 @@ def outcome(name: str, base: Path, raw: bytes, resume: bool) -> tuple[str, str, 
     out, last = shutil.copytree(base, fresh()), dict(textgen="--diffusion_steps").get(name, "--max_steps")
     (out / LAST[name]).write_bytes(raw)
     few = dict(
-        imagen=["--steps", 2], textgen=["--steps", 2, "--guidance", 0], reason=["--prompt", "1 + 2 + 3 + 4"]
+        imagen=["--steps", 2],
+        textgen=["--steps", 2, "--guidance", 0],
+        reason=["--prompt", "1 + 2 + 3 + 4"],
+        tokengen=["--prompt", "1 + 2"],
     )
     args = ["--sample_from", out / LAST[name], "--out", out / "again", *few[name]]
     if resume:
@@ -320,18 +325,23 @@ def tables(folder: Path, rows: list[dict]) -> list[Path]:
 
 
 def texts(short: bool):
-    """Damaged files of texts and of problems."""
+    """Damaged files of texts, of problems, and of a text to be cut into windows."""
     reviews = [dict(text=f"the room was large, number {i} – très bien.", label=i % 3) for i in range(30)]
     answers = [line.partition("||") for line in TXT.read_text().splitlines()[:60]]
     problems = [dict(question=question, answer=chain) for question, _, chain in answers]
-    for load, rows in [(data.load_texts, reviews), (tasks.load_problems, problems)]:
+    whole = functools.partial(tokengen.load_text, data_dir="")
+    for name, load, rows in [
+        ("load_texts", data.load_texts, reviews),
+        ("load_problems", tasks.load_problems, problems),
+        ("load_text", whole, reviews),
+    ]:
         files = tables(fresh("sound"), rows)
         for i in range(12 if short else 420):
-            rng, file, folder = random.Random(f"{load.__name__} {i}"), files[i % len(files)], fresh()
+            rng, file, folder = random.Random(f"{name} {i}"), files[i % len(files)], fresh()
             path = folder / rng.choice([file.name, file.name.upper(), f"Zoë $ {file.name}"])
             folder.mkdir()
             path.write_bytes(mutate(rng, file.read_bytes()) if i >= len(files) else file.read_bytes())
-            yield f"damaged files, {load.__name__}", f"{i}, {path.name}", read(load, path), folder
+            yield f"damaged files, {name}", f"{i}, {path.name}", read(load, path), folder
 
 
 def images(short: bool):

@@ -44,6 +44,10 @@ ENDS = {  # where a signal comes towards the end: in the last step of a stage, o
     "textgen": [("at the last step", ""), ("at the last step", "vae")]
     + [("after training", "curve.png"), ("after training", "samples_")],
     "reason": [("at the last step", ""), ("after training", "focus.txt"), ("after training", "curve.png")],
+    "tokengen": [
+        ("at the last step", ""),
+        *(("after training", x) for x in ("curve.png", "focus.txt", "focus.gif")),
+    ],
 }
 
 
@@ -141,6 +145,7 @@ def kill(short: bool):
         ("textgen's VAE", "textgen", 2, dict(vae_steps=LONG)),
         ("textgen's diffusion", "textgen", LONG, dict(vae_steps=2)),
         ("reason", "reason", LONG, {}),
+        ("tokengen", "tokengen", LONG, {}),
     ):
         args = command(name, steps, sample_every=16, **more)
         for trial in range(1 if short else 16):
@@ -260,6 +265,7 @@ def logs(short: bool):
         ("textgen", "log.csv"),
         ("reason", "log.csv"),
         ("reason", "eval.csv"),
+        ("tokengen", "eval.csv"),
     ]:
         args = command(name)
         begun = half(name, args)
@@ -284,7 +290,7 @@ def logs(short: bool):
 def two(short: bool):
     """Two runs in one folder: one ends as if alone, the other exits with 2 and says who holds the folder."""
     for name in RUNS:
-        steps = LONG * (2 if name == "reason" else 1)  # its steps are short
+        steps = LONG * (2 if name in ("reason", "tokengen") else 1)  # their steps are short
         args, files = command(name, steps, **RARE), [WORK / "first", WORK / "second"]
         for delay, more in [(0.15, []), (0, []), (0, ["--resume"])] * 5 if not short else [(0.15, [])]:
             out, pids = half(name, args, 25) if more else fresh(), []
@@ -373,7 +379,8 @@ def finite(short: bool):
     hows = ["loss nan", "loss inf", "loss -inf", "gradient", "weight", "EMA"]
     everys = [(1, 2, 4), (5, 3, 2), (50, 50, 4)]  # log, save, sample
     cases = [(how, every, k) for k in (8, 3, 6) for every in everys for how in hows]
-    for n, (name, stage) in enumerate([("imagen", ""), ("textgen", "vae"), ("textgen", ""), ("reason", "")]):
+    places = [("imagen", ""), ("textgen", "vae"), *((name, "") for name in ("textgen", "reason", "tokengen"))]
+    for n, (name, stage) in enumerate(places):
         for how, (log, save, draw), k in cases[n + 2 : n + 3] if short else cases:
             args, out = command(name, log_every=log, save_every=save, sample_every=draw), fresh()
             before = partial(at_step, k, partial(poison, how), stage)
@@ -422,9 +429,10 @@ def dead_rank(short: bool):
         ("SIGTERM", "imagen", -1),
         ("SIGTERM", "textgen", -1),
         ("SIGTERM", "reason", -1),
+        ("SIGTERM", "tokengen", -1),
         ("kill -9", "imagen", 0),
         ("kill -9", "imagen", 1),
-    ][: 1 if short else 5]:
+    ][: 1 if short else 6]:
         out, last = fresh(), dict(textgen="--diffusion_steps").get(name, "--max_steps")
         args = command(name, 4, log_every=100_000, save_every=10, sample_every=100_000)
         pid = ft.start(torchrun(ROOT / f"{name}.py", *args, last, 100_000, "--out", out))

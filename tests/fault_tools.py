@@ -16,7 +16,7 @@ from pathlib import Path
 
 import datasets
 import torch
-from conftest import SMALL_REASON, SMALL_TEXT, TINY
+from conftest import SMALL_REASON, SMALL_TEXT, SMALL_TOKENS, TINY
 
 import training
 from tasks import TASKS, USUAL, grammar_texts
@@ -28,10 +28,13 @@ RUNS = {  # the flags of runs of a second
     "imagen": ["--dataset", "digits", *TINY],
     "textgen": ["--dataset", CSV, *SMALL_TEXT, "--score_n", 0],
     "reason": ["--dataset", TXT, *SMALL_REASON, "--votes", 1, "--score_n", 2],
+    "tokengen": ["--dataset", TXT, *SMALL_TOKENS, "--length", 40, "--n", 1],
 }
-LAST = dict(imagen="last.pt", textgen="diffusion/last.pt", reason="last.pt")
-IMPORTS = "imagen textgen reason PIL.Image matplotlib.pyplot sacrebleu sklearn.datasets sklearn.linear_model "
-IMPORTS += "sklearn.feature_extraction.text torchvision.transforms.v2 scipy.spatial.distance"
+LAST = dict.fromkeys(RUNS, "last.pt") | dict(textgen="diffusion/last.pt")
+IMPORTS = "imagen textgen reason tokengen PIL.Image matplotlib.pyplot sacrebleu sklearn.datasets "
+IMPORTS += (
+    "sklearn.linear_model sklearn.feature_extraction.text torchvision.transforms.v2 scipy.spatial.distance"
+)
 
 
 def prepare() -> None:

@@ -621,3 +621,16 @@ def test_a_diffusion_does_not_go_on_over_another_vae(trained, cli, tmp_path):
 def test_the_log_has_a_row_for_its_last_step(trained):
     with open(trained[0] / "vae/log.csv", encoding="utf-8") as file:
         assert [int(row["step"]) for row in csv.DictReader(file)] == [40]
+
+
+def test_reviews_by_tokens_and_of_a_gpt_stand_beside_these(trained, cli, tmp_path):
+    run = "--run.vocab 4096 --run.window 48 --run.block 16 --run.width 32 --run.depth 1 --run.batch_size 8"
+    flags = ["--share", 0.01, "--out", tmp_path, *run.split(), "--run.log_every", 1, "--run.score_n", 4]
+    status, said = cli("bench.tokens", "--planner", trained[0] / "diffusion/last.pt", *flags)
+    assert status == 0, said
+    head, *rows = [line.strip("| ").split(" | ") for line in said.splitlines() if line.startswith("| ")]
+    accepted = {row[0]: row[1 + head.index("accepted")] for row in rows}  # the head's first cell is empty
+    ours = [f"tokens, {steps} steps a block" for steps in (1, 2, 4, 8, 16)]
+    assert list(accepted) == ["samples", "training", "held out", *ours, "GPT"]
+    assert accepted["training"] == accepted["held out"] == "1"
+    assert float(accepted["GPT"]) < 0.5

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SMALL_TOKENS
 from PIL import Image
 
 import tokengen
@@ -15,9 +15,6 @@ from blocks import bound
 from files import UserError
 
 ABC = "the cat sat on the mat. the dog sat on the log.\n" * 60
-TINY_TEXT = (
-    "--window 32 --block 8 --width 32 --depth 1 --batch_size 8 --log_every 2 --score_n 6 --draws 2".split()
-)
 CPU = torch.device("cpu")
 
 
@@ -74,9 +71,23 @@ def test_the_split_is_nanogpts():
 
 
 def test_held_out_windows_do_not_overlap_and_are_spread():
-    windows = tokengen.held_out_windows(small(), torch.arange(1000), 5)
+    windows = tokengen.held_out_windows(small(), {}, torch.arange(1000), 5)
     assert windows[:, 0].tolist() == [0, 224, 480, 704, 960]
     assert torch.equal(windows, windows[:, :1] + torch.arange(32))
+
+
+@pytest.mark.parametrize("vocab", [0, 300])
+def test_windows_of_lines_begin_where_a_line_does(vocab):
+    cfg = small(window=16, lines=True, vocab=vocab)
+    facts = tokengen.facts_of(cfg, ABC)
+    ids = tokengen.encode(facts, ABC[: 48 * 10])
+    windows = tokengen.windows_of(cfg, facts, ids)
+    assert 8 <= len(windows) <= 10  # the last ones may be too short
+    assert len({tuple(row.tolist()) for row in windows}) == 1
+    assert ABC.startswith(tokengen.decode(facts, windows[0].tolist()))
+    everywhere = tokengen.windows_of(dataclasses.replace(cfg, lines=False), facts, ids)
+    assert len(everywhere) == len(ids) - 15
+    assert torch.equal(tokengen.held_out_windows(cfg, facts, ids, 3), windows[:3])
 
 
 # -- writing -----------------------------------------------------------------------------------------------
@@ -152,7 +163,21 @@ def test_uniform_numbers_fill_every_part_alike():
 
 @pytest.mark.parametrize("block", [1, 8])
 def test_a_text_of_one_sentence_is_learned_and_written(block, abc, cli, tmp_path):
-    flags = [*TINY_TEXT, "--width", 64, "--depth", 2, "--block", block, "--dataset", abc, "--warmup", 20]
+    flags = [
+        *SMALL_TOKENS,
+        "--log_every",
+        2,
+        "--width",
+        64,
+        "--depth",
+        2,
+        "--block",
+        block,
+        "--dataset",
+        abc,
+        "--warmup",
+        20,
+    ]
     flags += ["--max_steps", 150, "--sample_every", 150, "--length", 90, "--out", tmp_path / "run"]
     status, said = cli("tokengen", *flags)
     assert status == 0, said
@@ -173,7 +198,19 @@ def trained(abc, tmp_path_factory):
     import sys
 
     out = tmp_path_factory.mktemp("trained") / "run"
-    flags = [*TINY_TEXT, "--dataset", abc, "--out", out, "--max_steps", 4, "--sample_every", 2]
+    flags = [
+        *SMALL_TOKENS,
+        "--log_every",
+        2,
+        "--dataset",
+        abc,
+        "--out",
+        out,
+        "--max_steps",
+        4,
+        "--sample_every",
+        2,
+    ]
     words = [sys.executable, ROOT / "tokengen.py", *flags, "--length", 40]
     done = subprocess.run(
         list(map(str, words)), capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1")
@@ -207,7 +244,7 @@ def test_samples_and_scores_need_only_the_checkpoint_and_the_text(trained, cli, 
 
 
 def test_interrupted_and_resumed_ends_with_the_same_bits(abc, cli, tmp_path):
-    flags = [*TINY_TEXT, "--dataset", abc, "--cooldown", 0, "--length", 10, "--n", 1]
+    flags = [*SMALL_TOKENS, "--log_every", 2, "--dataset", abc, "--cooldown", 0, "--length", 10, "--n", 1]
     for folder, steps in (("whole", [4]), ("parts", [2, 4])):
         for i, n in enumerate(steps):
             resume = ["--resume"] if i else []
@@ -278,7 +315,7 @@ def test_a_mistake_is_one_message_and_status_2(flags, wanted, trained, abc, cli,
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 500)
     names = dict(short=tmp_path / "short.txt", latin=tmp_path / "latin.txt", last=trained[0] / "last.pt")
     words = flags.format(**names, long="the.cat." * 5).split()
-    start = [] if "--sample_from" in words else [*TINY_TEXT, "--out", tmp_path / "run"]
+    start = [] if "--sample_from" in words else [*SMALL_TOKENS, "--log_every", 2, "--out", tmp_path / "run"]
     data = [] if {"--sample_from", "--dataset"} & set(words) else ["--dataset", abc]
     status, said = cli("tokengen", *start, *data, *words)
     assert status == 2, said
