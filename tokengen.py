@@ -98,7 +98,7 @@ class Config:
     temperature: float = 0.8  # of the tokens that are drawn; 0 takes the likeliest
     prompt: str = ""  # what a sample begins with
     gap: str | None = None  # character of the prompt that stands for a token to be filled in
-    length: int = 400  # tokens of a sample
+    length: int = 400  # tokens of a sample; with lines at most the window
     n: int = 3  # samples
     score_n: int = 1000  # windows of the held-out text in a score, evenly spread
     draws: int = 8  # masks of each of them
@@ -239,19 +239,20 @@ def encode_prompt(cfg: Config, facts: dict) -> Tensor:
     return ids
 
 
-def windows_of(cfg: Config, facts: dict, ids: Tensor, apart: int = 1) -> Tensor:
-    """Windows (N, window) of ids, one every `apart` tokens; with cfg.lines those that begin a line."""
+def begins_of(cfg: Config, facts: dict, ids: Tensor, apart: int = 1) -> Tensor:
+    """Where windows of ids begin, (N,): every `apart` tokens, or with cfg.lines behind each end of a line."""
+    n = len(ids) - cfg.window + 1
     if not cfg.lines:
-        return ids.unfold(0, cfg.window, apart)
-    begins = F.pad(ids[:-1] == encode(facts, "\n").item(), (1, 0), value=True)
-    windows = ids.unfold(0, cfg.window, 1)
-    return windows[begins[: len(windows)]]
+        return torch.arange(0, n, apart, device=ids.device)
+    begins = (ids == encode(facts, "\n").item()).nonzero()[:, 0] + 1
+    return begins[begins < n]
 
 
 def held_out_windows(cfg: Config, facts: dict, ids: Tensor, n: int) -> Tensor:
     """At most n windows (n, window) of ids, evenly spread; they do not overlap, but for those of lines."""
-    windows = windows_of(cfg, facts, ids, cfg.window)
-    return windows[torch.linspace(0, len(windows) - 1, min(n, len(windows))).long()]
+    begins = begins_of(cfg, facts, ids, cfg.window)
+    spread = torch.linspace(0, len(begins) - 1, min(n, len(begins))).long()
+    return ids.unfold(0, cfg.window, 1)[begins[spread]]
 
 
 # -- the model, and how it writes --------------------------------------------------------------------------
@@ -299,8 +300,9 @@ def write(cfg: Config, model: TokenTransformer, prompt: Tensor, length: int):
 def samples(cfg: Config, model: TokenTransformer, prompt: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Ids (n, L) of n samples that begin with a prompt (p,), and the states (L,) of the first on its way."""
     prompt, states = prompt.expand(cfg.n, -1).to(next(model.parameters()).device), []
+    length = min(cfg.length, cfg.window) if cfg.lines else cfg.length
     # A prompt with gaps is filled, and not gone on with.
-    for ids in write(cfg, model, prompt, prompt.shape[1] if cfg.gap else cfg.length):
+    for ids in write(cfg, model, prompt, prompt.shape[1] if cfg.gap else length):
         states.append(ids[0].cpu())
     return ids, states
 
@@ -346,14 +348,20 @@ def draw_film(texts: list[str], path: Path) -> Path:
 def splits(cfg: Config, facts: dict, text: str) -> tuple[Tensor, Tensor, float]:
     """Ids of the first nine tenths, for training, and of the held-out rest, and characters a token of that.
 
-    Raises UserError where one of the two is shorter than two windows.
+    Raises UserError where one of the two is shorter than two windows, or has fewer than two lines.
     """
     ids, ids_test = (encode(facts, part) for part in cut(text))
     if min(len(ids), len(ids_test)) < 2 * cfg.window:
         got = f"{len(ids)} training and {len(ids_test)} held-out tokens, and two windows are {2 * cfg.window}"
         raise UserError(f"{got}: give more text, or a smaller --window")
-    if cfg.lines and "\n" not in text:
-        raise UserError("--lines, but the text has a single line")
+    if cfg.lines:
+        found = [len(begins_of(cfg, facts, part)) if "\n" in text else 0 for part in (ids, ids_test)]
+        if min(found) < 2:
+            got = f"{found[0]} lines begin a training window and {found[1]} a held-out one"
+            raise UserError(f"{got}, at least 2 are wanted: give more text, or leave out --lines")
+        ends = (ids == encode(facts, "\n").item()).nonzero()[:, 0]
+        if long := (ends.diff() > cfg.window).sum().item():
+            say(f"{long} lines have more than {cfg.window} tokens: their ends are left out; see --window")
     return ids, ids_test, len(cut(text)[1]) / len(ids_test)
 
 
@@ -366,7 +374,8 @@ def train(cfg: Config, facts: dict, text: str, device, seconds: float = math.inf
     run = Run(cfg, model, device, facts, cfg.out, cfg.max_steps, cfg.batch_size, **how)
     size = f"{len(ids)} training and {len(ids_test)} held-out tokens of {vocabulary(facts)} kinds"
     say(f"{cfg.dataset}: {size}; {millions(model)}; {device}, {run.world} process(es)")
-    windows = windows_of(cfg, facts, ids.to(device))
+    ids = ids.to(device)
+    begins, windows = begins_of(cfg, facts, ids), ids.unfold(0, cfg.window, 1)
     test = held_out_windows(cfg, facts, ids_test, 100).to(device)
 
     def look(step: int) -> None:
@@ -375,10 +384,10 @@ def train(cfg: Config, facts: dict, text: str, device, seconds: float = math.inf
             bits, error = mean_bits(cfg, run.ema.module, test, characters, draws=4)
         note(run, step, took, bits, error)
 
-    for _, batch in run.steps(len(windows), seconds):
+    for _, batch in run.steps(len(begins), seconds):
         if run.due(cfg.sample_every):
             look(run.step - 1)
-        x0 = windows[batch]
+        x0 = windows[begins[batch]]
         u = cfg.masks[0] + (cfg.masks[1] - cfg.masks[0]) * stratified(len(x0), len(layout.widths), device)
         hidden = hide(layout, x0, u)
         with autocast(device, cfg.precision):

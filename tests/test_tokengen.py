@@ -79,15 +79,35 @@ def test_held_out_windows_do_not_overlap_and_are_spread():
 @pytest.mark.parametrize("vocab", [0, 300])
 def test_windows_of_lines_begin_where_a_line_does(vocab):
     cfg = small(window=16, lines=True, vocab=vocab)
-    facts = tokengen.facts_of(cfg, ABC)
-    ids = tokengen.encode(facts, ABC[: 48 * 10])
-    windows = tokengen.windows_of(cfg, facts, ids)
-    assert 8 <= len(windows) <= 10  # the last ones may be too short
-    assert len({tuple(row.tolist()) for row in windows}) == 1
-    assert ABC.startswith(tokengen.decode(facts, windows[0].tolist()))
-    everywhere = tokengen.windows_of(dataclasses.replace(cfg, lines=False), facts, ids)
-    assert len(everywhere) == len(ids) - 15
-    assert torch.equal(tokengen.held_out_windows(cfg, facts, ids, 3), windows[:3])
+    lines = [f"{i} the {'big ' * (i % 3)}cat sat on the mat" for i in range(20)]
+    text = "\n".join(["in the middle of a line", *lines])
+    facts = tokengen.facts_of(cfg, text)
+    ids = tokengen.encode(facts, text)
+    windows = tokengen.held_out_windows(cfg, facts, ids, 100)
+    begun = [tokengen.decode(facts, row.tolist()) for row in windows]
+    assert len(begun) >= 18  # the last ones may be too short
+    for text, line in zip(begun, lines, strict=False):
+        assert text.startswith(line[:8])
+    assert len(tokengen.begins_of(dataclasses.replace(cfg, lines=False), facts, ids)) == len(ids) - 15
+
+
+@pytest.mark.parametrize("text", ["the cat sat. " * 300 + "\n", "the cat\n" * 300 + "the cat sat. " * 30])
+def test_lines_need_lines_in_both_parts(text):
+    cfg = small(lines=True)
+    with pytest.raises(UserError, match="at least 2 are wanted: give more text, or leave out --lines"):
+        tokengen.splits(cfg, tokengen.facts_of(cfg, text), text)
+
+
+def test_lines_longer_than_a_window_are_counted(capsys):
+    cfg = small(lines=True)
+    text = ("cat\n" + "the cat sat on the mat " * 3 + "\n") * 50
+    tokengen.splits(cfg, tokengen.facts_of(cfg, text), text)
+    assert "45 lines have more than 32 tokens" in capsys.readouterr().out
+
+
+def test_samples_of_lines_end_with_their_window():
+    cfg, facts, model = parts(lines=True, n=2, length=100)
+    assert tokengen.samples(cfg, model, tokengen.encode(facts, "the"))[0].shape == (2, 32)
 
 
 # -- writing -----------------------------------------------------------------------------------------------
@@ -343,6 +363,9 @@ def test_the_gpt_beside_it_sees_only_what_is_before_and_its_bits_are_those_of_th
     assert bits == pytest.approx(nats.mean().item() / 2 / math.log(2), rel=1e-2)
     written = model.write(2, 6, 1.0)
     assert written.shape == (2, 6)
+    surest = model.write(3, 6, 0.0, [2])
+    assert surest[:, 0].tolist() == [2, 2, 2]
+    assert len(surest.unique(dim=0)) == 1
 
 
 def test_all_are_trained_for_their_seconds_compared_and_then_loaded(abc, cli, tmp_path):
