@@ -623,14 +623,29 @@ def test_the_log_has_a_row_for_its_last_step(trained):
         assert [int(row["step"]) for row in csv.DictReader(file)] == [40]
 
 
-def test_reviews_by_tokens_and_of_a_gpt_stand_beside_these(trained, cli, tmp_path):
+def reviews_table(planner, cli, tmp_path):
+    """The rows that bench.tokens prints beside a diffusion, as {name: {measure: number}}."""
     run = "--run.vocab 4096 --run.window 48 --run.block 16 --run.width 32 --run.depth 1 --run.batch_size 8"
-    flags = ["--share", 0.01, "--out", tmp_path, *run.split(), "--run.log_every", 1, "--run.score_n", 4]
-    status, said = cli("bench.tokens", "--planner", trained[0] / "diffusion/last.pt", *flags)
+    flags = ["--share", 0.01, "--out", tmp_path / "bench", *run.split(), "--run.log_every", 1]
+    status, said = cli("bench.tokens", "--planner", planner, *flags, "--run.score_n", 4)
     assert status == 0, said
     head, *rows = [line.strip("| ").split(" | ") for line in said.splitlines() if line.startswith("| ")]
-    accepted = {row[0]: row[1 + head.index("accepted")] for row in rows}  # the head's first cell is empty
+    return {row[0]: dict(zip(head, map(float, row[1:]), strict=True)) for row in rows}  # head[0] was empty
+
+
+def test_reviews_by_tokens_and_of_a_gpt_stand_beside_these(trained, cli, tmp_path):
+    table = reviews_table(trained[0] / "diffusion/last.pt", cli, tmp_path)
     ours = [f"tokens, {steps} steps a block" for steps in (1, 2, 4, 8, 16)]
-    assert list(accepted) == ["samples", "training", "held out", *ours, "GPT"]
-    assert accepted["training"] == accepted["held out"] == "1"
-    assert float(accepted["GPT"]) < 0.5
+    assert list(table) == ["samples", "training", "held out", *ours, "GPT"]
+    assert table["training"]["accepted"] == table["held out"]["accepted"] == 1
+    assert table["GPT"]["accepted"] < 0.5
+
+
+def test_where_there_is_no_grammar_a_judge_says_how_surprising_they_are(cli, tmp_path):
+    out, few = tmp_path / "run", "--vae_steps 3 --diffusion_steps 3 --score_n 6".split()
+    run("--dataset", write_reviews(tmp_path / "r.csv"), *SMALL_TEXT, *few, "--out", out)
+    table = reviews_table(out / "diffusion/last.pt", cli, tmp_path)
+    assert (out / "diffusion/judge/last.pt").exists()
+    for name, row in table.items():
+        assert "accepted" not in row
+        assert 1 < row["perplexity"] < 10_000, name
