@@ -70,9 +70,7 @@ class Config:
     """Hyperparameters. Edit the defaults here, or override any of them: python tokengen.py --lr 1e-3"""
 
     # -- data --
-    dataset: str = (
-        "shakespeare"  # shakespeare (downloaded), manual (Python's own), or the path of a text file
-    )
+    dataset: str = "shakespeare"  # that (downloaded), manual (Python's own), or the path of a text file
     data_dir: str = "data"  # where what is downloaded is put
     vocab: int = 0  # tokens of a BPE that is trained on the text; 0: its characters
     lines: bool = False  # each line is a text of its own: windows begin where a line does
