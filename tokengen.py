@@ -237,12 +237,17 @@ def encode_prompt(cfg: Config, facts: dict) -> Tensor:
     return ids
 
 
+def line_ends(facts: dict, ids: Tensor) -> Tensor:
+    """Where lines of ids end, (N,)."""
+    return (ids == encode(facts, "\n").item()).nonzero()[:, 0]
+
+
 def begins_of(cfg: Config, facts: dict, ids: Tensor, apart: int = 1) -> Tensor:
     """Where windows of ids begin, (N,): every `apart` tokens, or with cfg.lines behind each end of a line."""
     n = len(ids) - cfg.window + 1
     if not cfg.lines:
         return torch.arange(0, n, apart, device=ids.device)
-    begins = (ids == encode(facts, "\n").item()).nonzero()[:, 0] + 1
+    begins = line_ends(facts, ids) + 1
     return begins[begins < n]
 
 
@@ -357,9 +362,6 @@ def splits(cfg: Config, facts: dict, text: str) -> tuple[Tensor, Tensor, float]:
         if min(found) < 2:
             got = f"{found[0]} lines begin a training window and {found[1]} a held-out one"
             raise UserError(f"{got}, at least 2 are wanted: give more text, or leave out --lines")
-        ends = (ids == encode(facts, "\n").item()).nonzero()[:, 0]
-        if long := (ends.diff() > cfg.window).sum().item():
-            say(f"{long} lines have more than {cfg.window} tokens: their ends are left out; see --window")
     return ids, ids_test, len(cut(text)[1]) / len(ids_test)
 
 
@@ -372,6 +374,8 @@ def train(cfg: Config, facts: dict, text: str, device, seconds: float = math.inf
     run = Run(cfg, model, device, facts, cfg.out, cfg.max_steps, cfg.batch_size, **how)
     size = f"{len(ids)} training and {len(ids_test)} held-out tokens of {vocabulary(facts)} kinds"
     say(f"{cfg.dataset}: {size}; {millions(model)}; {device}, {run.world} process(es)")
+    if cfg.lines and (long := (line_ends(facts, ids).diff() > cfg.window).sum().item()):
+        say(f"{long} lines have more than {cfg.window} tokens: their ends are left out; see --window")
     ids = ids.to(device)
     begins, windows = begins_of(cfg, facts, ids), ids.unfold(0, cfg.window, 1)
     test = held_out_windows(cfg, facts, ids_test, 100).to(device)

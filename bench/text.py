@@ -38,7 +38,7 @@ from data import Pieces
 from diffusion import drop_condition
 from files import UserError, load_checkpoint, load_weights, reason
 from tasks import grammar_texts
-from training import Run, autocast, millions, need, pick_device, run_script
+from training import Run, autocast, millions, need, pick_device, run_script, saved_config
 from vae import TextVAE, kl, pretrained_backbones, small_backbones, small_gpt, substitute
 
 
@@ -62,16 +62,13 @@ class Config:
 
 def quality(path: Path, device) -> None:
     """Print the rows of textgen.py's score and those of the baseline GPT-2, with perplexities."""
-    cfg = textgen.Config(**load_checkpoint(path, "textgen")["config"])
-    texts = textgen.texts_of(cfg)
-    writer = textgen.load_writer(cfg, path, device, texts)
-    train, test = (textgen.split_pieces(cfg, writer.codec, texts, name) for name in ("train", "test"))
+    writer, train, test = read_writer(path, device)
     judge, baseline = (train_gpt(writer, train, test, path.parent, name) for name in ("judge", "baseline"))
     rows = textgen.new_and_real(writer, train, test)
     y = rows["samples"][1]
     for top_p in (0.7, 0.92, 1.0):
         rows[f"GPT-2 top-p {top_p:g}"] = (write_reviews(writer, baseline, y, top_p), y)
-    scores = textgen.score_rows(cfg, rows, train, test)
+    scores = textgen.score_rows(writer.cfg, rows, train, test)
     for name, (new, _) in rows.items():
         scores[name]["perplexity"] = judged(writer, judge, new)
     try:
@@ -80,8 +77,23 @@ def quality(path: Path, device) -> None:
             scores[name]["GPT-2's"] = perplexity(new)
     except UserError as error:
         print(f"no perplexity under GPT-2: {error}")
+    print(f"\n{path}, {writer.tag}, n={len(y)}\n")
+    print_scores(scores)
+
+
+def read_writer(path, device) -> tuple[textgen.Writer, Pieces, Pieces]:
+    """The writer in a checkpoint of the diffusion, and the training and held-out pieces of its texts."""
+    cfg = saved_config(textgen.Config, load_checkpoint(path, textgen.Config.kind)["config"], path)
+    texts = textgen.texts_of(cfg)
+    writer = textgen.load_writer(cfg, path, device, texts)
+    train, test = (textgen.split_pieces(cfg, writer.codec, texts, name) for name in ("train", "test"))
+    return writer, train, test
+
+
+def print_scores(scores: dict[str, dict[str, float]]) -> None:
+    """Print the measures of rows as a table."""
     names = list(scores["samples"])
-    print(f"\n{path}, {writer.tag}, n={len(y)}\n\n| | {' | '.join(names)} |\n|---{'|---' * len(names)}|")
+    print(f"| | {' | '.join(names)} |\n|---{'|---' * len(names)}|")
     for name, values in scores.items():
         print(f"| {name} | {' | '.join(f'{value:.3g}' for value in values.values())} |")
 

@@ -31,7 +31,6 @@ from training import (
     pick_device,
     run_name,
     run_script,
-    saved_config,
 )
 
 
@@ -156,6 +155,9 @@ def gpt_window(run: tokengen.Config, model: WindowGPT, n: int, prompt=()) -> Ten
 
 def compare(cfg: Config, device) -> None:
     """Train all, print the table and a sample of each, draw the curves."""
+    if any(block < 1 or cfg.run.window % block for block in cfg.blocks):
+        raise UserError(f"blocks {cfg.blocks} must divide the window of {cfg.run.window}")
+    cfg = dataclasses.replace(cfg, out=cfg.out.replace("{dataset}", run_name(cfg.dataset)))
     text = tokengen.load_text(cfg.dataset, cfg.run.data_dir)
     facts = tokengen.facts_of(cfg.run, text)
     _, ids_test, characters = tokengen.splits(cfg.run, facts, text)
@@ -213,17 +215,15 @@ def reviews(cfg: Config, device) -> None:
 
     Ours are lines of a text, "5 the room was ...", and are asked for by their first word.
     """
-    saved = load_checkpoint(cfg.planner, textgen.Config.kind)["config"]
-    planner = saved_config(textgen.Config, saved, cfg.planner)
-    cfg = dataclasses.replace(cfg, out=cfg.out.replace("{dataset}", f"reviews-{run_name(planner.dataset)}"))
-    texts = textgen.texts_of(planner)
-    writer = textgen.load_writer(planner, cfg.planner, device, texts)
-    train, test = (textgen.split_pieces(writer.cfg, writer.codec, texts, name) for name in ("train", "test"))
+    writer, train, test = bench.text.read_writer(cfg.planner, device)
+    out = cfg.out.replace("{dataset}", f"reviews-{run_name(writer.cfg.dataset)}")
+    lines_of_one_window = dataclasses.replace(cfg.run, lines=True, length=cfg.run.window)
+    cfg = dataclasses.replace(cfg, dataset="reviews", out=out, run=lines_of_one_window)
     lines = []
     for row, y in zip(writer.codec.decode(train.target), train.y.tolist(), strict=True):
         lines.append(f"{y + 1} {' '.join(row.split())}\n")
     text, seconds = "".join(lines), cfg.share * writer.seconds
-    run = dataclasses.replace(in_folder(cfg, "reviews", cfg.run.block), dataset="reviews", lines=True)
+    run = in_folder(cfg, "reviews", cfg.run.block)
     facts = tokengen.facts_of(run, text)
     if seconds_of(run, facts) < seconds:
         tokengen.train(dataclasses.replace(run, max_steps=FOREVER), facts, text, device, seconds)
@@ -232,12 +232,11 @@ def reviews(cfg: Config, device) -> None:
     y = rows["samples"][1]
     for steps in sorted({1, 2, 4, 8, 16, run.block}):
         if steps <= run.block:
-            how = dataclasses.replace(run, length=run.window, steps=steps)
-            written = ask(how, facts, model, y)
+            written = ask(dataclasses.replace(run, steps=steps), facts, model, y)
             rows[f"tokens, {steps} steps a block"] = (written, y)
     if cfg.gpt:
-        run = dataclasses.replace(in_folder(cfg, "gpt", 1), dataset="reviews", lines=True)
-        rows["GPT"] = (ask(run, facts, train_gpt(run, facts, text, device, seconds), y), y)
+        gpt = in_folder(cfg, "gpt", 1)
+        rows["GPT"] = (ask(gpt, facts, train_gpt(gpt, facts, text, device, seconds), y), y)
     scores = textgen.score_rows(writer.cfg, rows, train, test)
     if writer.cfg.dataset != "grammar":  # which has a check of its own
         judge = bench.text.train_gpt(writer, train, test, Path(cfg.planner).parent, "judge")
@@ -246,9 +245,7 @@ def reviews(cfg: Config, device) -> None:
     print(
         f"\nn={len(y)}; textgen.py trained {writer.seconds:.0f} s, tokens {took:.0f} s, blocks of {run.block}"
     )
-    print(f"| | {' | '.join(scores['samples'])} |\n|---{'|---' * len(scores['samples'])}|")
-    for name, values in scores.items():
-        print(f"| {name} | {' | '.join(f'{value:.3g}' for value in values.values())} |")
+    bench.text.print_scores(scores)
     shown = [f"[{label + 1}] {row}" for row, label in zip(written, y.tolist(), strict=True)]
     show(cfg.out, "reviews", shown[:20])
 
@@ -271,12 +268,7 @@ def ask(run: tokengen.Config, facts: dict, model, y: Tensor) -> list[str]:
 def main(cfg: Config) -> None:
     device = pick_device(cfg.run.device)
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    if not cfg.planner and any(block < 1 or cfg.run.window % block for block in cfg.blocks):
-        raise UserError(f"blocks {cfg.blocks} must divide the window of {cfg.run.window}")
-    if cfg.planner:
-        reviews(cfg, device)
-    else:
-        compare(dataclasses.replace(cfg, out=cfg.out.replace("{dataset}", run_name(cfg.dataset))), device)
+    reviews(cfg, device) if cfg.planner else compare(cfg, device)
 
 
 if __name__ == "__main__":

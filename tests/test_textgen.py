@@ -629,6 +629,7 @@ def reviews_table(planner, cli, tmp_path):
     flags = ["--share", 0.01, "--out", tmp_path / "bench", *run.split(), "--run.log_every", 1]
     status, said = cli("bench.tokens", "--planner", planner, *flags, "--run.score_n", 4)
     assert status == 0, said
+    assert "blocks of 16" in said
     head, *rows = [line.strip("| ").split(" | ") for line in said.splitlines() if line.startswith("| ")]
     return {row[0]: dict(zip(head, map(float, row[1:]), strict=True)) for row in rows}  # head[0] was empty
 

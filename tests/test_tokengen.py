@@ -15,6 +15,7 @@ from blocks import bound
 from files import UserError
 
 ABC = "the cat sat on the mat. the dog sat on the log.\n" * 60
+TINY_TEXT = [*SMALL_TOKENS, "--log_every", 2]
 CPU = torch.device("cpu")
 
 
@@ -98,10 +99,10 @@ def test_lines_need_lines_in_both_parts(text):
         tokengen.splits(cfg, tokengen.facts_of(cfg, text), text)
 
 
-def test_lines_longer_than_a_window_are_counted(capsys):
-    cfg = small(lines=True)
+def test_lines_longer_than_a_window_are_counted(tmp_path, capsys):
+    cfg = small(lines=True, max_steps=1, out=str(tmp_path))
     text = ("cat\n" + "the cat sat on the mat " * 3 + "\n") * 50
-    tokengen.splits(cfg, tokengen.facts_of(cfg, text), text)
+    tokengen.train(cfg, tokengen.facts_of(cfg, text), text, CPU)
     assert "45 lines have more than 32 tokens" in capsys.readouterr().out
 
 
@@ -183,21 +184,7 @@ def test_uniform_numbers_fill_every_part_alike():
 
 @pytest.mark.parametrize("block", [1, 8])
 def test_a_text_of_one_sentence_is_learned_and_written(block, abc, cli, tmp_path):
-    flags = [
-        *SMALL_TOKENS,
-        "--log_every",
-        2,
-        "--width",
-        64,
-        "--depth",
-        2,
-        "--block",
-        block,
-        "--dataset",
-        abc,
-        "--warmup",
-        20,
-    ]
+    flags = [*TINY_TEXT, "--width", 64, "--depth", 2, "--block", block, "--dataset", abc, "--warmup", 20]
     flags += ["--max_steps", 150, "--sample_every", 150, "--length", 90, "--out", tmp_path / "run"]
     status, said = cli("tokengen", *flags)
     assert status == 0, said
@@ -218,19 +205,7 @@ def trained(abc, tmp_path_factory):
     import sys
 
     out = tmp_path_factory.mktemp("trained") / "run"
-    flags = [
-        *SMALL_TOKENS,
-        "--log_every",
-        2,
-        "--dataset",
-        abc,
-        "--out",
-        out,
-        "--max_steps",
-        4,
-        "--sample_every",
-        2,
-    ]
+    flags = [*TINY_TEXT, "--dataset", abc, "--out", out, "--max_steps", 4, "--sample_every", 2]
     words = [sys.executable, ROOT / "tokengen.py", *flags, "--length", 40]
     done = subprocess.run(
         list(map(str, words)), capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1")
@@ -264,7 +239,7 @@ def test_samples_and_scores_need_only_the_checkpoint_and_the_text(trained, cli, 
 
 
 def test_interrupted_and_resumed_ends_with_the_same_bits(abc, cli, tmp_path):
-    flags = [*SMALL_TOKENS, "--log_every", 2, "--dataset", abc, "--cooldown", 0, "--length", 10, "--n", 1]
+    flags = [*TINY_TEXT, "--dataset", abc, "--cooldown", 0, "--length", 10, "--n", 1]
     for folder, steps in (("whole", [4]), ("parts", [2, 4])):
         for i, n in enumerate(steps):
             resume = ["--resume"] if i else []
@@ -335,7 +310,7 @@ def test_a_mistake_is_one_message_and_status_2(flags, wanted, trained, abc, cli,
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 500)
     names = dict(short=tmp_path / "short.txt", latin=tmp_path / "latin.txt", last=trained[0] / "last.pt")
     words = flags.format(**names, long="the.cat." * 5).split()
-    start = [] if "--sample_from" in words else [*SMALL_TOKENS, "--log_every", 2, "--out", tmp_path / "run"]
+    start = [] if "--sample_from" in words else [*TINY_TEXT, "--out", tmp_path / "run"]
     data = [] if {"--sample_from", "--dataset"} & set(words) else ["--dataset", abc]
     status, said = cli("tokengen", *start, *data, *words)
     assert status == 2, said
