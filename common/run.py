@@ -1,10 +1,11 @@
 """What every script needs once: settings, device, the training loop, checkpoints.
 
-All random draws of a step follow from (seed, step, rank), so a run that is killed and resumed ends with the
-same bits as one that was not (on one device).
+The random draws of a step follow from (seed, step, rank): a run that is killed and resumed ends with the same
+bits as an uninterrupted one, on one device with the same number of threads.
 """
 
 import copy
+import gc
 import math
 import os
 import signal
@@ -12,7 +13,7 @@ import sys
 import time
 import zipfile
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -25,22 +26,26 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+TORCHRUN = (
+    dist.is_torchelastic_launched()
+)  # without it, RANK and WORLD_SIZE are left over from something else
+RANK, WORLD = (int(os.environ[name]) if TORCHRUN else i for i, name in enumerate(("RANK", "WORLD_SIZE")))
 WARMUP, COOLDOWN, CLIP, EMA, LOG_EVERY = 100, 0.2, 1.0, 0.999, 50
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Settings that a resumed run may change; all others must be those the checkpoint was trained with.
 FREE = frozenset(
     "dataset out data_dir max_steps vae_steps diffusion_steps lr muon_lr precision sample_every save_every "
-    "resume load sampler order steps guidance temperature try_temperature tries votes prompt gap length n "
-    "score_n".split()
+    "resume load sampler order steps guidance temperature try_temperature tries votes prompt gap length "
+    "samples classes score_n".split()
 )
 
 
 class UserError(Exception):
-    """A mistake the user can fix: what we got, what we want, what to do. Exit status 2, no traceback."""
+    """A mistake the user can fix: what we got, what is wrong, what to do. Exit status 2, no traceback."""
 
 
 def log(text: str) -> None:
+    """Print in the main process."""
     if RANK == 0:
         with suppress(OSError):  # a training outlives its terminal
             print(text, flush=True)
@@ -65,9 +70,11 @@ def run_script(Config, main, doc: str) -> None:
     try:
         parse = partial(tyro.cli, Config, description=doc, use_underscores=True)
         first = parse()
+        if first.load and first.resume:
+            raise UserError("--load samples from a checkpoint, --resume continues a training: choose one")
         if first.load:
             saved = load_checkpoint(first.load, Config)["config"]
-            cfg = parse(default=Config(**saved | dict(score_n=0)))
+            cfg = parse(default=Config(**saved | dict(score_n=0, resume=False)))
             same_settings(cfg, saved, first.load, FREE | {"seed", "batch_size", "diffusion_batch"})
         else:
             recipe = Config.RECIPES.get(getattr(first, "size", None)) or Config.RECIPES.get(first.dataset, {})
@@ -76,17 +83,52 @@ def run_script(Config, main, doc: str) -> None:
     except (UserError, OSError) as error:
         if RANK == 0:
             print(f"error: {error}", file=sys.stderr)
+        else:
+            time.sleep(5)  # torchrun ends all processes with the first: let the main one print
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     finally:
         if dist.is_initialized():
+            gc.collect()  # DDP's reference cycles keep gloo's threads alive, which can abort at exit
             dist.destroy_process_group()
 
 
-def pick_device() -> torch.device:
-    """cuda or mps where there is one, else cpu."""
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+def check_range(cfg, names: str, low: float, high: float = 10**9) -> None:
+    """Raise UserError where one of cfg's fields in `names`, separated by spaces, is not in [low, high]."""
+    for name in names.split():
+        if not low <= getattr(cfg, name) <= high:
+            raise UserError(f"--{name} must be from {low} to {high}, got {getattr(cfg, name)}")
+
+
+def is_builtin(dataset: str, names) -> bool:
+    """Whether a data set is one of the built-in `names`. UserError where there is also a path of that name."""
+    if dataset in names and Path(dataset).exists():
+        raise UserError(
+            f"--dataset {dataset} is built in, and also a path here: write ./{dataset} for the path"
+        )
+    return dataset in names
+
+
+def resolve_out(cfg):
+    """cfg with the name of its data set in cfg.out. UserError for a folder inside the data."""
+    data = Path(os.path.abspath(Path(cfg.dataset).expanduser()))
+    name = data.stem if data.is_file() else data.name
+    out = Path(cfg.out.replace("{dataset}", name)).expanduser()
+    if data.is_dir() and Path(os.path.abspath(out)).is_relative_to(data):
+        raise UserError(
+            f"--out {out} is inside the data, {data}, and would become data: choose another folder"
+        )
+    return replace(cfg, out=str(out))
+
+
+def pick_device(device=None) -> torch.device:
+    """The device asked for; by default cuda or mps where there is one, else cpu."""
+    device = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if TORCHRUN else 0)
+        torch.cuda.set_device(device)
     return device
 
 
@@ -102,13 +144,20 @@ def autocast(device: torch.device, precision: str):
 
 def write_atomic(path: Path, write) -> None:
     """Call write(file) on a temporary file and rename it: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.tmp")
-    with open(tmp, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(tmp, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(tmp, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(tmp, path)
+    except OSError as error:
+        with suppress(OSError):
+            tmp.unlink()  # half of a file may fill a disk
+        raise UserError(
+            f"{path} could not be written ({error}); an older file of that name is kept"
+        ) from error
 
 
 @contextmanager
@@ -124,6 +173,9 @@ def reading(path):
 
 def load_checkpoint(path, Config) -> dict:
     """A checkpoint that this script wrote. Only tensors and plain types are read, so no code can run."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"no checkpoint {path}: a run writes last.pt into its folder")
     with reading(path):
         with zipfile.ZipFile(path) as file:  # torch writes a CRC for each tensor but never checks it
             if damaged := file.testzip():
@@ -156,16 +208,22 @@ def batch_indices(n: int, batch_size: int, seed: int, step: int) -> Tensor:
 
 
 class Run:
-    """A training run and its folder: `for step, batch in run.steps(len(data)): ...; run.update(loss)`.
+    """A training run and its folder.
+
+        with Run(cfg, model, facts, device) as run:
+            for step, batch in run.steps(len(data)):
+                run.update(loss of run.model on data[batch])
 
     run.model is the network to train (under torchrun in a DDP wrapper), run.ema the averaged one to sample
     from. facts: what sampling needs to know about the data; a resumed run must have the same. muon: matrices
     that Muon trains in place of AdamW; the rates then fall to 0 at the end of the run. free: more settings
-    that a resumed run may change. extra: tensors that sampling needs too. A finished run has no steps left.
+    that a resumed run may change. extra: what sampling needs too, tensors or plain types. A finished run has
+    no steps left. The folder is locked until the end of the `with`. Raises UserError for a folder in use, or
+    that holds another run.
     """
 
     def __init__(
-        self, cfg, model, facts, device, muon=(), max_steps=None, batch_size=None, free=(), extra=None
+        self, cfg, model, facts, device, *, muon=(), max_steps=None, batch_size=None, free=(), extra=None
     ):
         self.cfg, self.facts, self.extra = cfg, facts, extra or {}
         self.device, self.out = device, Path(cfg.out)
@@ -176,29 +234,51 @@ class Run:
         self.opts = [torch.optim.AdamW(others, lr=cfg.lr, weight_decay=0.0, fused=device.type != "mps")]
         if muon:
             self.opts += [torch.optim.Muon(muon, lr=cfg.muon_lr, weight_decay=0.0)]
-        self.step, self.seconds, self.losses, self.signal = 0, 0.0, [], 0
-        if RANK == 0:
-            self._lock()
-        path = self.out / "last.pt"
-        if path.exists():
-            self._load(path, FREE | set(free))
-            if self.step < self.max_steps and not cfg.resume:
-                raise UserError(f"{path} is unfinished: add --resume to continue it, or choose another --out")
+        self.step, self.seconds, self.losses = 0, 0.0, []
+        self.signal, self.handlers = 0, {}
         if self.batch_size % WORLD:
             raise UserError(f"a batch of {self.batch_size} cannot be shared by {WORLD} processes")
-        if WORLD > 1 and not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        self.lock = FileLock(self.out / ".lock")
+        try:
+            self._open(FREE | set(free))
+        except BaseException:
+            self.lock.release()
+            raise
         self.model = DistributedDataParallel(model) if WORLD > 1 else model
+
+    def _open(self, free) -> None:
+        """Lock the folder, and load the checkpoint in it."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        try:
+            if RANK == 0:
+                self.lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UserError(f"{self.out} is in use by another run: wait, or choose another --out") from error
+        path = self.out / "last.pt"
+        if path.exists():
+            self._load(path, free)
+            if self.step < self.max_steps and not self.cfg.resume:
+                raise UserError(f"{path} is unfinished: add --resume to continue it, or choose another --out")
+        if WORLD > 1 and not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._restore_handlers()
+        self.lock.release()
 
     def steps(self, n: int):
         """Yield (step, indices of this process's share of the batch) for n samples; save on the way.
 
-        SIGINT and SIGTERM let the step finish, save and end the program; a second one ends it at once.
+        SIGINT and SIGTERM let the step finish, save and exit; a second one acts at once.
         """
         self._begin_log()
         share = self.batch_size // WORLD
-        hidden = RANK > 0 or not sys.stderr.isatty()
-        handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        with suppress(ValueError):  # not the main thread: then signals are not ours
+            self.handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        hidden = RANK > 0 or not (sys.stderr and sys.stderr.isatty())
         with tqdm(total=self.max_steps, initial=self.step, disable=hidden) as bar:
             while self.step < self.max_steps:
                 self.step += 1
@@ -215,27 +295,21 @@ class Run:
                 if stop:
                     log(f"stopped at step {self.step} and saved: add --resume to the command to continue")
                     sys.exit(128 + int(stop))
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        self._restore_handlers()
         if RANK == 0:
             self._draw_curve()
 
     def _on_signal(self, number: int, _) -> None:
         self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        self._restore_handlers()
 
-    def _lock(self) -> None:
-        """Keep a lock on the folder, which ends with this process."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.out / ".lock")
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout as error:
-            raise UserError(f"{self.out} is in use by another run: wait, or choose another --out") from error
+    def _restore_handlers(self) -> None:
+        while self.handlers:
+            signal.signal(*self.handlers.popitem())
 
     def due(self, every: int) -> bool:
-        """Whether the main process is to show something after this step."""
-        return RANK == 0 and self.step % every == 0
+        """Whether the main process samples or scores after this step."""
+        return RANK == 0 and self.step % every == 0 and not self.signal
 
     def update(self, loss: Tensor) -> None:
         """One step of the optimizers on a scalar loss, then of the EMA."""
@@ -248,7 +322,8 @@ class Run:
             opt.param_groups[0]["lr"] = opt.defaults["lr"] * rate
             opt.step()
             opt.zero_grad()
-        decay = min(EMA, (1 + self.step) / (10 + self.step))  # a short run must forget its first weights
+        # A short run must forget its first weights: the decay rises, and the first step copies.
+        decay = min(EMA, (1 + self.step) / (10 + self.step)) if self.step > 1 else 0.0
         with torch.no_grad():
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 1 - decay)
         self.losses.append(loss.detach() + 0 * norm)  # not finite where the gradient is not
@@ -257,15 +332,14 @@ class Run:
             self._log(rate * self.cfg.lr)
 
     def save(self) -> None:
-        """Write last.pt, unless a weight is not finite."""
+        """Write last.pt. UserError for a weight that is not finite."""
         if not all(p.isfinite().all() for p in self.net.parameters()):
             raise UserError(
                 f"weights of step {self.step} are not finite; {self.out} keeps the last good ones"
             )
-        state = dict(script=self.cfg.script, config=asdict(self.cfg), facts=self.facts, step=self.step)
-        state |= dict(
-            extra=self.extra, seconds=self.seconds, model=self.net.state_dict(), ema=self.ema.state_dict()
-        )
+        state = dict(script=self.cfg.script, config=asdict(self.cfg), facts=self.facts, extra=self.extra)
+        state |= dict(step=self.step, seconds=self.seconds, losses=[loss.item() for loss in self.losses])
+        state |= dict(model=self.net.state_dict(), ema=self.ema.state_dict())
         state |= dict(opts=[opt.state_dict()["state"] for opt in self.opts])
         if RANK == 0:
             write_atomic(self.out / "last.pt", lambda file: torch.save(state, file))
@@ -281,13 +355,17 @@ class Run:
             for opt, state in zip(self.opts, old["opts"], strict=True):
                 opt.load_state_dict(opt.state_dict() | dict(state=state))
             self.step, self.seconds = old["step"], old["seconds"]
+            self.losses = [torch.tensor(loss, device=self.device) for loss in old["losses"]]
         log(f"loaded {path}, step {self.step} of {self.max_steps}")
 
     def _begin_log(self) -> None:
         """Start log.csv, or cut from it the rows after the checkpoint, which will be written again."""
         path, rows = self.out / "log.csv", []
-        if self.step:
-            rows = [row for row in path.read_text().splitlines()[1:] if int(row.split(",")[0]) <= self.step]
+        if self.step and path.exists():
+            rows = path.read_text().splitlines()
+            rows = [
+                row for row in rows if row.split(",")[0].isdigit() and int(row.split(",")[0]) <= self.step
+            ]
         text = "\n".join(["step,loss,lr,seconds", *rows, ""])
         if RANK == 0:
             write_atomic(path, lambda file: file.write(text.encode()))
