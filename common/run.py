@@ -29,7 +29,8 @@ from tqdm import tqdm
 TORCHRUN = (
     dist.is_torchelastic_launched()
 )  # without it, RANK and WORLD_SIZE are left over from something else
-RANK, WORLD = (int(os.environ[name]) if TORCHRUN else i for i, name in enumerate(("RANK", "WORLD_SIZE")))
+RANK = int(os.environ["RANK"]) if TORCHRUN else 0
+WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
 WARMUP, COOLDOWN, CLIP, EMA, LOG_EVERY = 100, 0.2, 1.0, 0.999, 50
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Settings that a resumed run may change; all others must be those the checkpoint was trained with.
