@@ -1,24 +1,25 @@
 """Diffusion of images: train a denoiser, draw samples, score them.
 
-    python imagen.py --dataset digits                   handwritten digits: no download, two minutes on a CPU
-    python imagen.py                                    FashionMNIST
-    python imagen.py --load out/digits/last.pt --n 20   more samples of a finished run (--score_n: a score)
+    python imagen.py --dataset digits                           two minutes on a CPU, no download
+    python imagen.py                                            FashionMNIST
+    python imagen.py --load out/digits/last.pt --samples 20     more samples of a finished run
 
-The mathematics is in diffusion.py.
+From Python: process, model, facts = imagen.load("out/digits/last.pt"). The mathematics is in diffusion.py.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torchvision.utils import make_grid, save_image
 
 from common.images import Images, load_images
-from common.run import Run, UserError, autocast, load_checkpoint, pick_device, reading, run_script, log
-from common.scores import score_images
-from diffusion import SAMPLERS, SCHEDULES, Diffusion, ImageTransformer, UNet, drop_condition, sample
+from common.pictures import picture, save_files, save_film, save_picture
+from common.run import Run, UserError, autocast, check_range, log, open_checkpoint, pick_device, resolve_out
+from common.run import run_script
+from common.scores import load_classifier, scale, score_images
+from diffusion import SAMPLERS, SCHEDULES, Diffusion, ImageTransformer, UNet, drop_condition, trajectory
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,9 @@ class Config:
     sampler: Literal[tuple(SAMPLERS)] = "dpm++"  # DPM-Solver++(2M), DDIM, DDPM or EDM's Heun
     steps: int = 10  # evaluations of the denoiser (twice as many with guidance)
     guidance: float = 0.0  # classifier-free guidance: 0 is off, 1 is strong
-    n: int = 10  # samples of each class
-    score_n: int = 500  # samples to score after training; 0 is no score
+    classes: tuple[str, ...] = ()  # names of the classes to draw; none given is all
+    samples: int = 10  # of each class
+    score_n: int = 500  # samples of a score; 0 is no score
     # the run
     out: str = "out/{dataset}"  # folder
     seed: int = 0  # of weights, batches, noise and samples
@@ -63,93 +65,150 @@ class Config:
     script: ClassVar = "imagen"
     RECIPES: ClassVar = {"digits": dict(max_steps=1500), "mnist": dict(max_steps=2200)}
 
+    def __post_init__(self):
+        check_range(self, "T max_steps batch_size samples sample_every save_every patch depth", 1)
+        check_range(self, "label_drop", 0, 1)
+        check_range(self, "seed score_n guidance", 0)
+        check_range(self, "steps", 1, self.T)
+        if len(self.channels) != len(self.blocks) or any(c % 8 for c in self.channels) or self.width % 16:
+            raise UserError("--channels takes multiples of 8, one for each of --blocks; --width one of 16")
+        if self.guidance and not self.label_drop:
+            raise UserError("--guidance needs a model trained with some labels dropped: --label_drop 0.1")
+
 
 def build(cfg: Config, facts: dict, device: torch.device) -> tuple[Diffusion, nn.Module]:
     """The process and the denoiser that cfg describes, for images facts["shape"] (C, H, W)."""
     (channels, H, W), classes = facts["shape"], len(facts["names"])
     divisor = 2 ** (len(cfg.channels) - 1) if cfg.denoiser == "unet" else cfg.patch
     if H % divisor or W % divisor:
-        raise UserError(f"images are {H} x {W}, but sides must be divisible by {divisor}: see --image_size")
+        size = max(1, min(H, W) // divisor) * divisor
+        raise UserError(f"images are {H} x {W}, but sides must divide by {divisor}: add --image_size {size}")
     torch.manual_seed(cfg.seed)
     if cfg.denoiser == "unet":
         model = UNet(channels, cfg.channels, cfg.blocks, classes)
     else:
         model = ImageTransformer(channels, cfg.width, cfg.depth, cfg.patch, classes)
-    process = Diffusion(*SCHEDULES[cfg.schedule](cfg.T), cfg.predict)
+    try:
+        process = Diffusion(*SCHEDULES[cfg.schedule](cfg.T), cfg.predict)
+        SAMPLERS[cfg.sampler][1](process, cfg.steps)  # fail before training where it has no such steps
+    except ValueError as error:
+        raise UserError(f"--schedule {cfg.schedule} --sampler {cfg.sampler}: {error}") from error
     layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
     return process.to(device), model.to(device, memory_format=layout)
 
 
-def load(path, cfg: Config | None = None) -> tuple[Diffusion, nn.Module, dict]:
-    """Process, denoiser (the averaged weights) and facts of a checkpoint, ready to sample from."""
-    checkpoint = load_checkpoint(path, Config)
-    with reading(path):
-        process, model = build(cfg or Config(**checkpoint["config"]), checkpoint["facts"], pick_device())
-        model.load_state_dict(checkpoint["ema"])
-    return process, model.eval(), checkpoint["facts"]
+def load(path, device=None, cfg: Config | None = None) -> tuple[Diffusion, nn.Module, dict]:
+    """Process, denoiser (the averaged weights) and facts of a checkpoint, ready to sample from.
+
+    facts: the shape (C, H, W) of the images and the names of their classes.
+    """
+    with open_checkpoint(path, Config) as saved:
+        cfg = cfg or Config(**saved["config"])
+        process, model = build(cfg, saved["facts"], pick_device(device))
+        model.load_state_dict(saved["ema"])
+    return process, model.eval(), saved["facts"]
+
+
+# -- samples ---------------------------------------------------------------------------------------------
+
+
+def steps_of_sampling(cfg: Config, process: Diffusion, model, shape: list[int], y: Tensor, generator):
+    """Yield uint8 images (n, C, H, W) of the labels y (n,), -1 for any, after each step of sampling."""
+    device = process.a_table.device
+    how = dict(sampler=cfg.sampler, steps=cfg.steps, guidance=cfg.guidance, clip=1.0, generator=generator)
+    with autocast(device, cfg.precision):
+        for _, xt, _ in trajectory(process, model, (len(y), *shape), y.to(device), **how):
+            yield ((xt.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
 def draw(cfg: Config, process: Diffusion, model, shape: list[int], y: Tensor) -> Tensor:
     """uint8 images (n, C, H, W) of the labels y (n,), -1 for any; cfg.seed decides the noise."""
-    device, generator = process.a_table.device, torch.Generator().manual_seed(cfg.seed)
-    how = dict(sampler=cfg.sampler, steps=cfg.steps, guidance=cfg.guidance, clip=1.0, generator=generator)
-    parts = []
+    generator, parts = torch.Generator().manual_seed(cfg.seed), []
     for labels in y.split(cfg.batch_size):  # what fits in memory for training fits here
-        with autocast(device, cfg.precision):
-            x0 = sample(process, model, (len(labels), *shape), labels.to(device), **how)
-        parts.append(((x0.cpu() + 1) * 127.5).round().to(torch.uint8))
+        *_, images = steps_of_sampling(cfg, process, model, shape, labels, generator)
+        parts.append(images)
     return torch.cat(parts)
 
 
-def save_samples(cfg: Config, process: Diffusion, model, facts: dict, path: Path) -> None:
-    """A picture of cfg.n samples of each class, a row per class; the noise is the same each time."""
-    classes = range(len(facts["names"])) or [-1]
-    y = torch.tensor(list(classes)).repeat_interleave(cfg.n)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_image(make_grid(draw(cfg, process, model, facts["shape"], y) / 255, nrow=cfg.n), path)
-    log(f"wrote {path}")
+def draw_rows(cfg: Config, process: Diffusion, model, facts: dict) -> tuple[list[str], Tensor]:
+    """Names (rows,) and images (rows, cfg.samples, C, H, W) of cfg.classes, by default of all classes.
+
+    Data without classes has ten rows.
+    """
+    names = cfg.classes or facts["names"]
+    if unknown := set(names) - set(facts["names"]):
+        raise UserError(f"--classes {' '.join(unknown)}: the classes are {facts['names'] or 'none'}")
+    numbers = [facts["names"].index(name) for name in names] or [-1] * 10
+    y = torch.tensor(numbers).repeat(cfg.samples)  # with more samples, the first ones stay the same
+    samples = draw(cfg, process, model, facts["shape"], y).unflatten(0, (cfg.samples, -1))
+    return list(names) or [""] * 10, samples.transpose(0, 1)
 
 
-def score(cfg: Config, process: Diffusion, model, images: Images) -> None:
-    """Print the distance of cfg.score_n samples, and of as many training images, to the test images."""
-    y = images.y[torch.randperm(len(images.y), generator=torch.Generator().manual_seed(0))[: cfg.score_n]]
+def film(cfg: Config, process: Diffusion, model, facts: dict) -> list:
+    """Pictures of one sample of each class, at most ten, as they form from noise."""
+    y = torch.arange(10)[: len(facts["names"])] if facts["names"] else torch.full((10,), -1)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    states = steps_of_sampling(cfg, process, model, facts["shape"], y, generator)
+    return [picture([""], x[None]) for x in states]
+
+
+def score(cfg: Config, process: Diffusion, model, images: Images, folder: Path) -> None:
+    """Log how cfg.score_n samples compare with the test images; the classifier is kept in the folder."""
+    net = load_classifier(images, folder / "classifier.pt", process.a_table.device)
+    order = torch.randperm(len(images.y), generator=torch.Generator().manual_seed(cfg.seed))
+    y = images.y[order[: cfg.score_n]]
     samples = draw(cfg, process, model, images.facts["shape"], y)
-    log(f"n={len(y)}: {score_images(samples, y, images, process.a_table.device)}")
+    how = f"{cfg.sampler}, {cfg.steps} steps, guidance {cfg.guidance:g}, seed {cfg.seed}"
+    log(f"score of n={len(y)} against {len(images.x_test)} test images ({how}):")
+    log(f"  {score_images(samples, y, images, net)}")
+
+
+# -- the script ------------------------------------------------------------------------------------------
 
 
 def train(cfg: Config, images: Images, device: torch.device) -> None:
     facts = images.facts
     process, model = build(cfg, facts, device)
-    run = Run(cfg, model, facts, device)
     x, y = images.x.to(device), images.y.to(device)
-    for step, batch in run.steps(len(x)):
-        x0, labels = x[batch] / 127.5 - 1, drop_condition(y[batch], cfg.label_drop)
-        with autocast(device, cfg.precision):
-            loss = process.loss(run.model, x0, labels).mean()
-        run.update(loss)
-        if run.due(cfg.sample_every):
-            save_samples(cfg, process, run.ema, facts, run.out / f"samples/{step:06}.png")
-    if run.due(1):  # once, in the main process
-        save_samples(cfg, process, run.ema, facts, run.out / "samples/grid.png")
-        if cfg.score_n and images.names:
-            score(cfg, process, run.ema, images)
-        log(f"more samples: python imagen.py --load {run.out / 'last.pt'} --n 20")
+    with Run(cfg, model, facts, device) as run:
+        for step, batch in run.steps(len(x)):
+            x0, labels = scale(x[batch]), drop_condition(y[batch], cfg.label_drop)
+            with autocast(device, cfg.precision):
+                loss = process.loss(run.model, x0, labels).mean()
+            run.update(loss)
+            if run.due(cfg.sample_every):
+                rows = draw_rows(cfg, process, run.ema, facts)
+                save_picture(picture(*rows), run.out / f"samples/{step:06}.png")
+        if run.due(1):  # once, in the main process
+            names, rows = draw_rows(cfg, process, run.ema, facts)
+            save_picture(picture(names, rows), run.out / "samples/grid.png")
+            save_film(film(cfg, process, run.ema, facts), run.out / "samples/film.gif")
+            if cfg.score_n and facts["names"]:
+                score(cfg, process, run.ema, images, run.out)
+            log(f"wrote {run.out}; more samples: python imagen.py --load {run.out / 'last.pt'} --samples 20")
 
 
 def main(cfg: Config) -> None:
     if not cfg.load or cfg.score_n:
         images = load_images(cfg.dataset, cfg.data_dir, cfg.image_size)
-        log(f"{cfg.dataset}: {len(images.x)} training and {len(images.x_test)} test images, {images.facts}")
+        shape, names = images.facts["shape"], images.names
+        what = f"{len(images.x)} training and {len(images.x_test)} test images of {shape}"
+        log(f"{cfg.dataset}: {what}, classes {', '.join(names[:20]) or 'none'}")
     if not cfg.load:
-        out = cfg.out.replace("{dataset}", Path(cfg.dataset).stem)
-        return train(replace(cfg, out=out), images, pick_device())
-    process, model, facts = load(cfg.load, cfg)
+        return train(resolve_out(cfg), images, pick_device())
+    process, model, facts = load(cfg.load, cfg=cfg)
     tag = f"{cfg.sampler}_{cfg.steps}_guidance{cfg.guidance:g}_seed{cfg.seed}"
-    save_samples(cfg, process, model, facts, Path(cfg.load).parent / f"samples/{tag}.png")
+    folder = Path(cfg.load).expanduser().parent
+    names, rows = draw_rows(cfg, process, model, facts)
+    chosen = "".join(f"_{name}" for name in cfg.classes)
+    save_picture(picture(names, rows), folder / f"samples/{tag}{chosen}.png")
+    save_film(film(cfg, process, model, facts), folder / f"samples/{tag}.gif")
+    save_files(names, rows, folder / "samples" / tag)
+    log(f"wrote {folder}/samples/{tag}{chosen}.png, and each sample in {folder}/samples/{tag}")
     if cfg.score_n:
         if images.facts != facts:
             raise UserError(f"{cfg.load} was not trained on {cfg.dataset}: it may have seen its test images")
-        score(cfg, process, model, images)
+        score(cfg, process, model, images, folder)
 
 
 if __name__ == "__main__":

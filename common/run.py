@@ -26,9 +26,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-TORCHRUN = (
-    dist.is_torchelastic_launched()
-)  # without it, RANK and WORLD_SIZE are left over from something else
+TORCHRUN = dist.is_torchelastic_launched()  # without it, RANK and WORLD_SIZE are leftovers
 RANK = int(os.environ["RANK"]) if TORCHRUN else 0
 WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
 WARMUP, COOLDOWN, CLIP, EMA, LOG_EVERY = 100, 0.2, 1.0, 0.999, 50
@@ -74,9 +72,9 @@ def run_script(Config, main, doc: str) -> None:
         if first.load and first.resume:
             raise UserError("--load samples from a checkpoint, --resume continues a training: choose one")
         if first.load:
-            saved = load_checkpoint(first.load, Config)["config"]
-            cfg = parse(default=Config(**saved | dict(score_n=0, resume=False)))
-            same_settings(cfg, saved, first.load, FREE | {"seed", "batch_size", "diffusion_batch"})
+            with open_checkpoint(first.load, Config) as saved:
+                cfg = parse(default=Config(**saved["config"] | dict(score_n=0, resume=False)))
+            same_settings(cfg, saved["config"], first.load, FREE | {"seed", "batch_size", "diffusion_batch"})
         else:
             recipe = Config.RECIPES.get(getattr(first, "size", None)) or Config.RECIPES.get(first.dataset, {})
             cfg = parse(default=Config(**recipe))
@@ -103,11 +101,9 @@ def check_range(cfg, names: str, low: float, high: float = 10**9) -> None:
 
 
 def is_builtin(dataset: str, names) -> bool:
-    """Whether a data set is one of the built-in `names`. UserError where there is also a path of that name."""
+    """Whether a data set is one of the built-in names. UserError if it is also a path."""
     if dataset in names and Path(dataset).exists():
-        raise UserError(
-            f"--dataset {dataset} is built in, and also a path here: write ./{dataset} for the path"
-        )
+        raise UserError(f"--dataset {dataset} is built in, and a path here too: for the path ./{dataset}")
     return dataset in names
 
 
@@ -162,29 +158,27 @@ def write_atomic(path: Path, write) -> None:
 
 
 @contextmanager
-def reading(path):
-    """Turn whatever goes wrong with the contents of a checkpoint into a UserError that names it."""
+def open_checkpoint(path, Config):
+    """`with open_checkpoint(path, Config) as saved:` gives the checkpoint, which this script must have written.
+
+    Whatever goes wrong with its contents, also inside the `with`, becomes a UserError that names it. Only
+    tensors and plain types are read, so no code can run.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}: a run writes last.pt into its folder")
     try:
-        yield
+        with zipfile.ZipFile(path) as file:  # torch writes a CRC for each tensor but never checks it
+            if damaged := file.testzip():
+                raise ValueError(f"{damaged} is damaged")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved["script"] != Config.script:
+            raise ValueError(f"it belongs to {saved['script']}.py, not to {Config.script}.py")
+        yield saved | dict(config=asdict(Config(**saved["config"])))
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of any type: a file can be damaged, or made up, in any way
         raise UserError(f"{path} is not a checkpoint that fits here: {error!r:.400}") from error
-
-
-def load_checkpoint(path, Config) -> dict:
-    """A checkpoint that this script wrote. Only tensors and plain types are read, so no code can run."""
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise UserError(f"no checkpoint {path}: a run writes last.pt into its folder")
-    with reading(path):
-        with zipfile.ZipFile(path) as file:  # torch writes a CRC for each tensor but never checks it
-            if damaged := file.testzip():
-                raise ValueError(f"{damaged} is damaged")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["script"] != Config.script:
-            raise ValueError(f"it belongs to {checkpoint['script']}.py, not to {Config.script}.py")
-        return checkpoint | dict(config=asdict(Config(**checkpoint["config"])))
 
 
 def same_settings(cfg, saved: dict, path, free) -> None:
@@ -346,11 +340,10 @@ class Run:
             write_atomic(self.out / "last.pt", lambda file: torch.save(state, file))
 
     def _load(self, path: Path, free) -> None:
-        old = load_checkpoint(path, type(self.cfg))
-        same_settings(self.cfg, old["config"], path, free)
-        if old["facts"] != self.facts:
-            raise UserError(f"{path} was trained on other data: choose another --out")
-        with reading(path):
+        with open_checkpoint(path, type(self.cfg)) as old:
+            same_settings(self.cfg, old["config"], path, free)
+            if old["facts"] != self.facts:
+                raise UserError(f"{path} was trained on other data: choose another --out")
             self.net.load_state_dict(old["model"])
             self.ema.load_state_dict(old["ema"])
             for opt, state in zip(self.opts, old["opts"], strict=True):
