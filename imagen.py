@@ -16,8 +16,17 @@ from torch import Tensor, nn
 
 from common.images import Images, load_images
 from common.pictures import picture, save_files, save_film, save_picture
-from common.run import Run, UserError, autocast, check_range, log, open_checkpoint, pick_device, resolve_out
-from common.run import run_script
+from common.run import (
+    Run,
+    UserError,
+    autocast,
+    check_range,
+    log,
+    open_checkpoint,
+    pick_device,
+    resolve_out,
+    run_script,
+)
 from common.scores import load_classifier, scale, score_images
 from diffusion import SAMPLERS, SCHEDULES, Diffusion, ImageTransformer, UNet, drop_condition, trajectory
 
@@ -130,24 +139,25 @@ def draw(cfg: Config, process: Diffusion, model, shape: list[int], y: Tensor) ->
     return torch.cat(parts)
 
 
-def draw_rows(cfg: Config, process: Diffusion, model, facts: dict) -> tuple[list[str], Tensor]:
-    """Names (rows,) and images (rows, cfg.samples, C, H, W) of cfg.classes, by default of all classes.
+def chosen(cfg: Config, facts: dict) -> list[int]:
+    """The numbers of cfg.classes, by default of all classes; ten times -1 for data without classes."""
+    names = facts["names"]
+    if unknown := set(cfg.classes) - set(names):
+        raise UserError(f"--classes {' '.join(unknown)}: the classes are {', '.join(names) or 'none'}")
+    return [names.index(name) for name in cfg.classes or names] or [-1] * 10
 
-    Data without classes has ten rows.
-    """
-    names = cfg.classes or facts["names"]
-    if unknown := set(names) - set(facts["names"]):
-        raise UserError(f"--classes {' '.join(unknown)}: the classes are {facts['names'] or 'none'}")
-    numbers = [facts["names"].index(name) for name in names] or [-1] * 10
+
+def draw_rows(cfg: Config, process: Diffusion, model, facts: dict) -> tuple[list[str], Tensor]:
+    """A row for each chosen class: its name, and images (rows, cfg.samples, C, H, W)."""
+    numbers = chosen(cfg, facts)
     y = torch.tensor(numbers).repeat(cfg.samples)  # with more samples, the first ones stay the same
     samples = draw(cfg, process, model, facts["shape"], y).unflatten(0, (cfg.samples, -1))
-    return list(names) or [""] * 10, samples.transpose(0, 1)
+    return [[*facts["names"], ""][i] for i in numbers], samples.transpose(0, 1)
 
 
 def film(cfg: Config, process: Diffusion, model, facts: dict) -> list:
-    """Pictures of one sample of each class, at most ten, as they form from noise."""
-    y = torch.arange(10)[: len(facts["names"])] if facts["names"] else torch.full((10,), -1)
-    generator = torch.Generator().manual_seed(cfg.seed)
+    """Pictures of one sample of each chosen class, at most ten, as they form from noise."""
+    y, generator = torch.tensor(chosen(cfg, facts)[:10]), torch.Generator().manual_seed(cfg.seed)
     states = steps_of_sampling(cfg, process, model, facts["shape"], y, generator)
     return [picture([""], x[None]) for x in states]
 

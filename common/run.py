@@ -159,7 +159,7 @@ def write_atomic(path: Path, write) -> None:
 
 @contextmanager
 def open_checkpoint(path, Config):
-    """`with open_checkpoint(path, Config) as saved:` gives the checkpoint, which this script must have written.
+    """`with open_checkpoint(path, Config) as saved:` reads a checkpoint that this script wrote.
 
     Whatever goes wrong with its contents, also inside the `with`, becomes a UserError that names it. Only
     tensors and plain types are read, so no code can run.
@@ -296,7 +296,8 @@ class Run:
 
     def _on_signal(self, number: int, _) -> None:
         self.signal = number
-        self._restore_handlers()
+        if WORLD == 1:  # torchrun repeats a signal to its processes
+            self._restore_handlers()
 
     def _restore_handlers(self) -> None:
         while self.handlers:
@@ -356,10 +357,8 @@ class Run:
         """Start log.csv, or cut from it the rows after the checkpoint, which will be written again."""
         path, rows = self.out / "log.csv", []
         if self.step and path.exists():
-            rows = path.read_text().splitlines()
-            rows = [
-                row for row in rows if row.split(",")[0].isdigit() and int(row.split(",")[0]) <= self.step
-            ]
+            rows = [row for row in path.read_text().splitlines() if row.partition(",")[0].isdigit()]
+            rows = [row for row in rows if int(row.partition(",")[0]) <= self.step]
         text = "\n".join(["step,loss,lr,seconds", *rows, ""])
         if RANK == 0:
             write_atomic(path, lambda file: file.write(text.encode()))
