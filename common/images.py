@@ -1,20 +1,30 @@
 """Images become tensors: two splits, whole in memory."""
 
-import glob
 import hashlib
+import os
 import re
+import unicodedata
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
-from common.run import UserError, log
+from common.run import UserError, is_builtin, log
 
 TORCHVISION = {"fashionmnist": "FashionMNIST", "mnist": "MNIST", "cifar10": "CIFAR10"}
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".pgm", ".ppm", ".tif", ".tiff"}
-SPLIT = re.compile("(?i:(?<![a-z])(train|training|test|testing|val|valid|validation|dev|eval))(?![a-z])")
+SUFFIXES = set(".png .jpg .jpeg .jfif .bmp .gif .webp .pgm .ppm .tif .tiff .jp2 .avif .tga .ico".split())
+# Pillow's modes of 8 bits a channel, and what they are read as: grey or colour.
+MODES = dict.fromkeys(("1", "L", "LA"), "L") | dict.fromkeys(("P", "RGB", "RGBA", "CMYK", "YCbCr"), "RGB")
+HIDDEN = (".", "__MACOSX", "@eaDir", "$RECYCLE.BIN")  # .ipynb_checkpoints, ._photo.png: not the user's files
+# Folders of a split: train, test_images, catsTest, val2017. A steam_train is a class.
+SPLIT = re.compile(
+    "^(?i:train(ing|set|val)?)$|((?<![A-Za-z])|(?<=[a-z])(?=[A-Z]))"
+    "(?i:test(ing|set)?|val(id|idation|set)?|dev|eval(uation)?)(?![a-z])"
+)
 
 
 @dataclass
@@ -30,23 +40,22 @@ class Images:
     @property
     def facts(self) -> dict:
         """What a checkpoint must know to sample, and to notice other data."""
-        sha = hashlib.sha256(self.x.contiguous().numpy().tobytes() + self.y.numpy().tobytes())
+        sha = hashlib.sha256(self.x.contiguous().numpy())
+        sha.update(self.y.numpy())
         return dict(shape=list(self.x.shape[1:]), names=self.names, checksum=sha.hexdigest()[:12])
 
 
 def load_images(dataset: str, data_dir: str, size: int | None = None) -> Images:
-    """fashionmnist, mnist, cifar10 (torchvision), digits (in scikit-learn), or the path of a folder."""
-    if dataset == "digits":
-        images = digits()
-    elif dataset in TORCHVISION:
-        images = from_torchvision(TORCHVISION[dataset], data_dir)
-    elif Path(dataset).is_dir():
-        return from_folder(Path(dataset), size)
-    else:
-        raise UserError(f"no data set {dataset!r}: choose digits, {', '.join(TORCHVISION)}, a folder")
-    if size:
-        images.x, images.x_test = fit(images.x, size), fit(images.x_test, size)
-    return images
+    """fashionmnist, mnist, cifar10 (torchvision), digits (in scikit-learn), or a folder; size: see `fit`."""
+    if is_builtin(dataset, ("digits", *TORCHVISION)):
+        images = digits() if dataset == "digits" else from_torchvision(TORCHVISION[dataset], data_dir)
+        if size:
+            images.x, images.x_test = fit(images.x, size), fit(images.x_test, size)
+        return images
+    root = Path(os.path.expanduser(dataset))
+    if not root.is_dir():
+        raise UserError(f"no folder {dataset}: choose one, or digits, {', '.join(TORCHVISION)}")
+    return from_folder(root, size)
 
 
 def digits() -> Images:
@@ -58,63 +67,102 @@ def digits() -> Images:
     return Images(*split(x, y), [str(c) for c in raw.target_names])
 
 
-def from_torchvision(name: str, root: str) -> Images:
+def from_torchvision(name: str, data_dir: str) -> Images:
     import torchvision
 
-    parts = []
+    root, parts = Path(os.path.expanduser(data_dir)), []
     for train in (True, False):
         try:
-            data = getattr(torchvision.datasets, name)(root, train=train, download=True)
+            root.mkdir(parents=True, exist_ok=True)
+            # Under torchrun one process downloads and the others wait; a read-only folder needs no lock.
+            with FileLock(root / f".{name}.lock") if os.access(root, os.W_OK) else nullcontext():
+                data = getattr(torchvision.datasets, name)(root, train=train, download=True)
+            x, y = torch.as_tensor(data.data), torch.as_tensor(data.targets)
+            if len(x) != len(y) or y.max() >= len(data.classes):
+                raise ValueError(f"{len(x)} images, {len(y)} labels up to {y.max()}")
         except Exception as error:  # no network, a damaged file
-            what = f"{name} is not in {root} and could not be downloaded ({error})"
-            raise UserError(f"{what}; --dataset digits needs no download") from error
-        x = torch.as_tensor(data.data)
-        parts += [
-            x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2).contiguous(),
-            torch.as_tensor(data.targets),
-        ]
-    return Images(*parts, data.classes)
+            what = f"{name} could neither be read from --data_dir {root} nor downloaded ({error!r:.200})"
+            raise UserError(f"{what}; --dataset digits and a folder of images need no download") from error
+        parts += [x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2).contiguous(), y]
+    return Images(*parts, [c.split(" - ")[0] for c in data.classes])  # MNIST's are "0 - zero"
 
 
 def split(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A fifth of a seeded shuffle is held out."""
+    """Every fifth image of a seeded shuffle is held out, none of fewer than five."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    test = torch.arange(len(x)) % 5 == 0
+    test = (torch.arange(len(x)) % 5 == 0) & (len(x) >= 5)
     return x[order[~test]], y[order[~test]], x[order[test]], y[order[test]]
 
 
 def from_folder(root: Path, size: int | None) -> Images:
-    """Images in root/CLASS/, or all in root; or such in root/train and root/test. All else is refused."""
-    if (root / "train").is_dir():
-        if others := {p.name for p in root.iterdir() if p.is_dir()} - {"train", "test"}:
-            raise UserError(f"{root} holds {sorted(others)} beside train: keep just train and test there")
-        x, y, names = read_folder(root / "train", size)
-        x_test, y_test, test_names = read_folder(root / "test", size)
-        if names != test_names or x.shape[1:] != x_test.shape[1:]:
-            raise UserError(
-                f"{root}/train and {root}/test have other classes or sizes: {names} and {test_names}"
-            )
-        return Images(x, y, x_test, y_test, names)
-    x, y, names = read_folder(root, size)
+    """The images below root, whose folders are classes, or train and test with or without classes inside."""
+    files = find_images(root)
+    top = Path(os.path.commonpath([path.parent for path in files]))  # archives wrap a folder in folders
+    folders = [path.relative_to(top).parts[:-1] for path in files]
+    has_test = {parts[:1] for parts in folders} == {("train",), ("test",)}
+    test = torch.tensor([has_test and parts[0] == "test" for parts in folders])
+    folders = [parts[has_test:] for parts in folders]
+    others = {*top.relative_to(root).parts} - {"train"}
+    if doubt := sorted(filter(SPLIT.search, others.union(*folders))):
+        hint = "rename a class; for splits keep just train and test there, with the classes inside them"
+        raise UserError(f"{root} has the folders {', '.join(doubt)}, which may be splits or classes: {hint}")
+    y, names = number_classes(files, folders)
+    if new := {*y[test].tolist()} - {*y[~test].tolist()}:
+        raise UserError(f"{top}/train has no class {names[min(new)]}, but {top}/test has: add or remove it")
+    x = read_images(files, size)
+    if has_test:
+        return Images(x[~test], y[~test], x[test], y[test], names)
     return Images(*split(x, y), names)
 
 
-def read_folder(root: Path, size: int | None) -> tuple[Tensor, Tensor, list[str]]:
-    """Images (N, C, H, W), labels (N,) and the names of the classes, which are the subfolders."""
-    found = [Path(p) for p in sorted(glob.glob(f"{root}/**/*", recursive=True)) if not Path(p).is_dir()]
-    files = [p for p in found if p.suffix.lower() in SUFFIXES]
-    if others := Counter(p.suffix.lower() for p in found if p not in files):
-        log(f"left out of {root}: {', '.join(f'{n} {suffix}' for suffix, n in others.items())}")
-    folders = [p.relative_to(root).parts[:-1] for p in files]
-    names = sorted({parts[0] for parts in folders if parts})
-    if {len(parts) for parts in folders} not in ({0}, {1}) or any(map(SPLIT.search, names)):
-        raise UserError(
-            f"{root} must hold images, or one folder of images per class; found {names or 'none'}"
-        )
-    x = [read_image(p, size) for p in files]
-    if len({image.shape for image in x}) > 1:
-        raise UserError(f"images in {root} differ in size or colour: save them alike, or add --image_size 32")
-    return torch.stack(x), torch.tensor([names.index(parts[0]) if parts else -1 for parts in folders]), names
+def find_images(root: Path) -> list[Path]:
+    """The images below root; the log counts all other files."""
+    found = dict(files_below(root))
+    others = Counter(kind for kind in found.values() if kind not in SUFFIXES)
+    if others:
+        log(f"left out of {root}: {', '.join(f'{n} {kind}' for kind, n in others.most_common())}")
+    if others.total() == len(found):
+        raise UserError(f"no image in {root} or below: save images as .png or .jpg")
+    return [path for path, kind in found.items() if kind in SUFFIXES]
+
+
+def files_below(folder: Path, above: tuple[Path, ...] = ()):
+    """Yield (path, suffix) of all files in order; links are followed, but not in circles."""
+    here = folder.resolve()
+    for path in sorted(folder.iterdir()) if here not in above else []:
+        if path.name in ("last.pt", "log.csv"):
+            raise UserError(f"{path} belongs to a run, and its pictures are not data: move its folder away")
+        if path.name.startswith(HIDDEN):
+            yield path, "hidden"
+        elif path.is_dir():
+            yield from files_below(path, (*above, here))
+        else:
+            yield path, path.suffix.lower() or "without a suffix"
+
+
+def number_classes(files: list[Path], folders: list[tuple[str, ...]]) -> tuple[Tensor, list[str]]:
+    """Labels (N,) of the files, -1 where none is in a folder, and the classes' names: 2 comes before 10."""
+    found = ["".join(parts[:1]) for parts in folders]
+    labels = [unicodedata.normalize("NFC", name) for name in found]  # on a Mac é is two characters
+    if len(set(labels)) < len(set(found)):
+        raise UserError(f"two folders beside {files[0].parent} have one name in two spellings: rename one")
+    names = sorted(
+        set(labels) - {""}, key=lambda name: (re.sub(r"\d+", lambda n: n[0].zfill(20), name), name)
+    )
+    if names and "" in labels:
+        raise UserError(f"{files[labels.index('')]} is in no class folder, other images are: move it there")
+    return torch.tensor([names.index(label) if label else -1 for label in labels]), names
+
+
+def read_images(files: list[Path], size: int | None) -> Tensor:
+    """The images (N, C, H, W), all in colour (C = 3) if one is."""
+    x = []
+    for path in files:
+        x.append(read_image(path, size))
+        if x[-1].shape[1:] != x[0].shape[1:]:
+            raise UserError(f"{files[0]} and {path} differ in size: add --image_size 32 (say)")
+    channels = max(map(len, x))
+    return torch.stack([image.expand(channels, -1, -1) for image in x])
 
 
 def read_image(path: Path, size: int | None) -> Tensor:
@@ -122,16 +170,17 @@ def read_image(path: Path, size: int | None) -> Tensor:
     from PIL import Image, ImageOps
     from torchvision.transforms.v2.functional import pil_to_tensor
 
-    try:
+    try:  # From its path, Pillow would map an uncompressed TIFF into memory, and then turn it wrongly.
         with open(path, "rb") as file, Image.open(file) as raw:
-            frames, image = getattr(raw, "n_frames", 1), ImageOps.exif_transpose(raw)
+            frames = raw.format != "MPO" and getattr(raw, "n_frames", 1)  # in a phone's photo: a preview
+            packing, image = str(raw.tile), ImageOps.exif_transpose(raw)
     except Exception as error:  # Pillow raises many types
         raise UserError(f"{path} cannot be read as an image ({error})") from error
-    if frames > 1 or image.mode not in ("1", "L", "P", "RGB") or image.has_transparency_data:
-        raise UserError(
-            f"{path} (mode {image.mode}, {frames} frames) must be one opaque image of 8 bits a channel"
-        )
-    x = pil_to_tensor(image.convert("L" if image.mode in ("1", "L") else "RGB"))
+    clear = "transparency" in image.info or image.mode[-1] == "A" and image.getextrema()[-1][0] < 255
+    if image.mode not in MODES or ";16" in packing or clear or frames > 1:  # Pillow cuts RGB;16 to 8 bits
+        found = f"mode {image.mode}{', transparent' * clear}{', animated' * (frames > 1)}"
+        raise UserError(f"{path} ({found}) must be one opaque image of 8 bits a channel: convert it")
+    x = pil_to_tensor(image.convert(MODES[image.mode]))
     return fit(x, size) if size else x
 
 
