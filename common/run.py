@@ -29,7 +29,7 @@ from tqdm import tqdm
 TORCHRUN = dist.is_torchelastic_launched()  # without it, RANK and WORLD_SIZE are leftovers
 RANK = int(os.environ["RANK"]) if TORCHRUN else 0
 WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
-WARMUP, COOLDOWN, CLIP, EMA, LOG_EVERY = 100, 0.2, 1.0, 0.999, 50
+WARMUP, MUON_WARMUP, COOLDOWN, CLIP, EMA, LOG_EVERY = 100, 200, 0.2, 1.0, 0.999, 50
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Settings that a resumed run may change; all others must be those the checkpoint was trained with.
 FREE = frozenset(
@@ -311,8 +311,9 @@ class Run:
         """One step of the optimizers on a scalar loss, then of the EMA."""
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), CLIP)
-        rate = min(1.0, self.step / WARMUP)
-        if len(self.opts) > 1:  # a run with Muon cools down
+        with_muon = len(self.opts) > 1
+        rate = min(1.0, self.step / (MUON_WARMUP if with_muon else WARMUP))
+        if with_muon:  # such a run cools down
             rate = min(rate, (self.max_steps + 1 - self.step) / (COOLDOWN * self.max_steps))
         for opt in self.opts:
             opt.param_groups[0]["lr"] = opt.defaults["lr"] * rate
