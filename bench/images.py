@@ -1,17 +1,15 @@
-"""Image diffusion beside its peers, on the same data, device and training seconds.
+"""Image diffusion beside its peers, for the same training seconds; and more measures of a finished run.
 
-    pip install -r requirements-dev.txt
-    python -m bench.images                  FashionMNIST from ./data; about an hour on a CPU
-    python -m bench.images --seconds 0      speed only, about 4 minutes
+    python -m bench.images                    FashionMNIST from ./data: speed and quality, an hour on a CPU
+    python -m bench.images --seconds 0        speed only, 4 minutes
+    python -m bench.images --load out/fashionmnist/last.pt --score_n 10000     FD, KID, precision, recall, FID
 
-Peers: diffusers' UNet2DModel and denoising-diffusion-pytorch's Unet, each with its own loss, at comparable
-parameter counts. All are unconditional and share the batch, optimizer, learning rate, warm-up, clipping and
-EMA of imagen.py; what differs is the network, the recipe, and that ours runs in bf16 where the hardware has
-it (but for the row "ours, fp32") while the peers run as they come, in float32.
+Peers: diffusers' UNet2DModel and denoising-diffusion-pytorch's Unet, each with its own loss, of comparable
+size. All are unconditional and share imagen.py's batches, optimizer, warm-up, clipping and EMA. They differ
+in network and recipe, and ours runs in bf16 where the hardware has it (not in the row "ours, fp32").
 """
 
-import csv
-import functools
+import copy
 import math
 import multiprocessing
 import platform
@@ -19,61 +17,147 @@ import re
 import sys
 import time
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import imagen
-import metrics
+from bench.runs import draw, millions, print_table, run_bench, saved_by
 from bench.timing import interleaved, spread, synchronize
-from data import load_images
-from diffusion import sample
-from files import UserError, figure
-from training import autocast, batch_indices, ema_ramp, need, pick_device, run_script
+from common.images import Images, load_images
+from common.pictures import picture, save_picture
+from common.run import CLIP, EMA, WARMUP, UserError, autocast, batch_indices, check_range, log, pick_device
+from common.scores import frechet_distance, load_classifier, nearest_distance, scale
+from diffusion import SAMPLERS, SCHEDULES, Diffusion, sample
 
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of the comparison."""
+    """Settings of the comparison; with --load those of the measures."""
 
-    dataset: str = "fashionmnist"  # any of imagen.py's with classes, one channel and sides divisible by 4
-    data_dir: str = "data"  # where torchvision finds its data sets, or puts them
-    batch_size: int = 64  # images of a training step
-    rounds: int = 7  # interleaved rounds of the speed measurement
+    dataset: str = "fashionmnist"  # one with classes, a single channel and sides divisible by 4
+    data_dir: str = "data"  # where torchvision keeps its data sets
+    batch_size: int = 64  # images per training step
+    rounds: int = 7  # of the speed measurement, all sides in turn
     round_steps: int = 4  # training steps of each side in a round
-    seconds: float = (
-        480.0  # training seconds of each side, scored after a quarter, a half and all; 0: speed only
-    )
+    seconds: float = 480.0  # training of each side, scored at a quarter, a half and all; 0: speed only
     seeds: tuple[int, ...] = (0,)  # of the scored training runs
-    score_n: int = 250  # samples of a score; at most the number of training images
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda where there is one, else mps or cpu
-    out: str = "out/bench/images"  # folder of the table, the figure and the sample grids
+    score_n: int = 250  # samples of a score
+    load: str | None = None  # measure samples of this checkpoint of imagen.py instead
+    sampler: Literal[tuple(SAMPLERS)] | None = None  # load: in place of the checkpoint's
+    steps: int | None = None  # load: likewise
+    guidance: float | None = None  # load: likewise
+    out: str = "out/bench/images"  # folder of the figure and the sample grids
 
     def __post_init__(self):
-        need(self, "rounds round_steps batch_size", 1)
-        need(self, "seconds", 0)
-        need(self, "score_n", 10)
-        if not self.seeds:
-            raise ValueError("give at least one seed")
+        check_range(self, "rounds round_steps batch_size", 1)
+        check_range(self, "score_n", 20)
+
+
+# -- measures --------------------------------------------------------------------------------------------
+
+
+def kernel_distance(f: Tensor, g: Tensor) -> float:
+    """KID: unbiased squared MMD of features f (N, d), g (M, d) under (x.y / d + 1)^3. KID 1801.01401."""
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    def within(a: Tensor) -> Tensor:
+        k = kernel(a, a)
+        return (k.sum() - k.trace()) / (len(a) * (len(a) - 1))
+
+    return (within(f) + within(g) - 2 * kernel(f, g).mean()).item()
+
+
+def covered(f: Tensor, g: Tensor, k: int = 3) -> float:
+    """Share of features f (N, d) in the k-nearest-neighbour balls of g (M, d): precision where g is real.
+
+    Improved precision and recall, 1904.06991 eq. 1 and 2.
+    """
+    exact = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")
+    radius = torch.cat([exact(part, g).kthvalue(k + 1).values for part in g.split(500)])  # the 1st is itself
+    inside = [(exact(part, g) <= radius).any(1) for part in f.split(500)]
+    return torch.cat(inside).double().mean().item()
+
+
+def measures(f: Tensor, train: Tensor, test: Tensor) -> dict[str, float]:
+    """Distances of features f (N, d) to those of the test split, and nearest: see `score_images`."""
+    row = dict(FD=frechet_distance(f, test), KIDx1000=1000 * kernel_distance(f, test))
+    row |= dict(precision=covered(f, test), recall=covered(test, f))
+    return row | dict(nearest=nearest_distance(f, train) / nearest_distance(test[: len(f)], train))
+
+
+def real_features(train: Tensor, n: int) -> Tensor:
+    """The features of n training images, those that imagen.py scores too."""
+    return train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:n]]
+
+
+def inception_fid(samples: Tensor, real: Tensor) -> float:
+    """The usual FID of uint8 images (N, C, H, W), in Inception-v3's 2048 features, by torchmetrics."""
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        fid = FrechetInceptionDistance(feature=2048)
+    except Exception as error:  # of any type: what the download of the weights raises
+        raise UserError(f"no Inception FID ({error}): it needs a download of the weights") from error
+    for x, is_real in ((real, True), (samples, False)):
+        for part in x.split(100):
+            fid.update(part.expand(-1, 3, -1, -1), real=is_real)
+    return fid.compute().item()
+
+
+def measure(cfg: Config, images: Images, device: torch.device) -> None:
+    """Print the measures of cfg.score_n samples of a checkpoint, and draw their nearest training images."""
+    saved = saved_by(imagen.Config, cfg.load)["config"]
+    chosen = {name: getattr(cfg, name) for name in ("sampler", "steps", "guidance")}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    run = imagen.Config(**saved | chosen | dict(score_n=cfg.score_n))
+    process, model, facts = imagen.load(cfg.load, device, run)
+    if facts != images.facts:
+        raise UserError(f"{cfg.load} was not trained on {cfg.dataset}: it may have seen its test images")
+    order = torch.randperm(len(images.y), generator=torch.Generator().manual_seed(run.seed))
+    samples = imagen.draw(run, process, model, facts["shape"], images.y[order[: cfg.score_n]])
+    net = load_classifier(images, Path(cfg.load).parent / "classifier.pt", device)
+    f, train, test = (net.features(x) for x in (samples, images.x, images.x_test))
+    rows = {"samples": measures(f, train, test), "real": measures(real_features(train, len(f)), train, test)}
+    log(f"{run.sampler}, {run.steps} steps, guidance {run.guidance}, n={len(f)} against {len(test)}")
+    print_table([dict(row=name) | {k: f"{v:.4g}" for k, v in row.items()} for name, row in rows.items()])
+    nearest = images.x[torch.cdist(f[:20], train).argmin(1)]
+    pairs = torch.stack([samples[:10], nearest[:10], samples[10:20], nearest[10:]])
+    save_grid(["sample", "nearest training image"] * 2, pairs, Path(cfg.out) / "nearest.png")
+    try:
+        log(f"Inception FID {inception_fid(samples, images.x_test):.2f}")
+    except UserError as error:
+        log(str(error))
+
+
+def save_grid(names: list[str], rows: Tensor, path: Path) -> None:
+    save_picture(picture(names, rows), path)
+    log(f"wrote {path}")
+
+
+# -- the sides -------------------------------------------------------------------------------------------
 
 
 class Ours:
-    """imagen.py's UNet; `textbook` keeps the network and takes DDPM's recipe (eps, linear betas, plain)."""
+    """imagen.py's UNet. textbook: our network with DDPM's recipe (eps, linear betas, plain weights)."""
 
     evaluations, usual = 10, 10  # of a scored sample, and as one would use it
 
     def __init__(self, size: int, device, textbook: bool = False, precision: str = "auto"):
-        recipe = dict(predict="eps", schedule="linear", weight="plain") if textbook else {}
-        seed = torch.initial_seed() % 2**31  # weights drawn as the peers draw theirs
-        self.cfg = imagen.Config(precision=precision, seed=seed, **recipe)
+        # Weights are drawn with the seed that is set, as the peers draw theirs.
+        self.cfg = imagen.Config(precision=precision, seed=torch.initial_seed() % 10**9)
         self.process, self.model = imagen.build(self.cfg, dict(shape=[1, size, size], names=[]), device)
+        if textbook:
+            self.process = Diffusion(*SCHEDULES["linear"](self.cfg.T), "eps", "plain").to(device)
         self.device = device
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -84,28 +168,24 @@ class Ours:
             return self.process.loss(self.model, x).mean()
 
     def sample(self, model, shape, generator, evaluations: int) -> Tensor:
-        settings = dict(sampler="dpm++", steps=evaluations, clip=1.0, generator=generator)
+        how = dict(sampler="dpm++", steps=evaluations, clip=1.0, generator=generator)
         with autocast(self.device, self.cfg.precision):
-            return sample(self.process, model, shape, **settings)
+            return sample(self.process, model, shape, **how)
 
 
 class Diffusers:
-    """diffusers' UNet2DModel, DDPMScheduler's training noise and DDIMScheduler's steps."""
+    """diffusers' UNet2DModel, with DDPMScheduler's training noise and DDIMScheduler's steps."""
 
     evaluations, usual = 50, 1000
 
     def __init__(self, size: int, device):
         import diffusers
 
-        self.model = diffusers.UNet2DModel(
-            sample_size=size,
-            in_channels=1,
-            out_channels=1,
-            block_out_channels=(24, 48, 96),
-            norm_num_groups=8,
-            down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        ).to(device)
+        widths = dict(block_out_channels=(24, 48, 96), norm_num_groups=8)
+        down, up = ("DownBlock2D", "AttnDownBlock2D"), ("UpBlock2D", "AttnUpBlock2D")
+        widths |= dict(down_block_types=(*down, down[0]), up_block_types=(*up, up[0]))
+        model = diffusers.UNet2DModel(sample_size=size, in_channels=1, out_channels=1, **widths)
+        self.model = model.to(device)
         self.noise = diffusers.DDPMScheduler(1000)
         self.ddim = diffusers.DDIMScheduler(1000, timestep_spacing="trailing")
 
@@ -118,8 +198,7 @@ class Diffusers:
 
     @torch.no_grad()
     def sample(self, model, shape, generator, evaluations: int) -> Tensor:
-        device = next(model.parameters()).device
-        x = torch.randn(shape, generator=generator).to(device)
+        x = torch.randn(shape, generator=generator).to(next(model.parameters()).device)
         self.ddim.set_timesteps(evaluations)
         for t in self.ddim.timesteps:
             x = self.ddim.step(model(x, t).sample, t, x).prev_sample
@@ -153,23 +232,15 @@ class Lucidrains:
         return x * 2 - 1
 
 
-def textbook(size: int, device) -> Ours:
-    return Ours(size, device, textbook=True)
-
-
-def float32(size: int, device) -> Ours:
-    return Ours(size, device, precision="fp32")
-
-
 TIMED = {
     "ours": Ours,
-    "ours, fp32": float32,
+    "ours, fp32": partial(Ours, precision="fp32"),
     "diffusers": Diffusers,
     "denoising-diffusion-pytorch": Lucidrains,
 }
 SCORED = {
     "ours": Ours,
-    "ours, textbook recipe": textbook,
+    "ours, textbook recipe": partial(Ours, textbook=True),
     "diffusers": Diffusers,
     "denoising-diffusion-pytorch": Lucidrains,
 }
@@ -180,38 +251,37 @@ class Trainer:
 
     def __init__(self, side, x: Tensor, batch_size: int, seed: int):
         self.side, self.x, self.batch_size, self.seed, self.step = side, x, batch_size, seed, 0
-        self.cfg, self.params = imagen.Config(), list(side.model.parameters())
+        self.lr, self.params = imagen.Config().lr, list(side.model.parameters())
         fused = x.device.type != "mps"
-        self.opt = torch.optim.AdamW(self.params, lr=self.cfg.lr, weight_decay=0.0, fused=fused)
-        self.ema = AveragedModel(side.model, multi_avg_fn=self.average).eval()
-
-    def average(self, ema: list, params: list, _) -> None:
-        torch._foreach_lerp_(ema, params, 1 - ema_ramp(self.step, self.cfg.ema_decay))
+        self.opt = torch.optim.AdamW(self.params, lr=self.lr, weight_decay=0.0, fused=fused)
+        self.ema = copy.deepcopy(side.model).eval().requires_grad_(False)
 
     def train_step(self) -> None:
         self.step += 1
         batch = batch_indices(len(self.x), self.batch_size, self.seed, self.step).to(self.x.device)
-        self.side.loss(metrics.scale(self.x[batch])).backward()
-        torch.nn.utils.clip_grad_norm_(self.params, 1.0)
-        self.opt.param_groups[0]["lr"] = self.cfg.lr * min(1, self.step / self.cfg.warmup)
+        self.side.loss(scale(self.x[batch])).backward()
+        nn.utils.clip_grad_norm_(self.params, CLIP)
+        self.opt.param_groups[0]["lr"] = self.lr * min(1, self.step / WARMUP)
         self.opt.step()
         self.opt.zero_grad()
-        self.ema.update_parameters(self.side.model)
+        decay = min(EMA, (1 + self.step) / (10 + self.step)) if self.step > 1 else 0.0
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.ema.parameters()), self.params, 1 - decay)
 
 
 # -- speed -----------------------------------------------------------------------------------------------
 
 
 def resident_peak() -> float:
-    """MiB of this process's largest resident size; Linux only, as getrusage counts the parent's too."""
+    """MiB of this process's largest resident size; NaN where this is not Linux."""
     if sys.platform != "linux":
         return math.nan
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
-def peak_memory(name: str, size: int, batch_size: int, device_name: str, pipe) -> None:
+def peak_memory(name: str, size: int, batch_size: int, pipe) -> None:
     """In a process of its own: MiB that three training steps add to the peak (CUDA: that they allocate)."""
-    device = pick_device(device_name)
+    device = pick_device()
     x = torch.zeros(256, 1, size, size, dtype=torch.uint8, device=device)
     trainer, before = Trainer(TIMED[name](size, device), x, batch_size, 0), resident_peak()
     for _ in range(3):
@@ -220,134 +290,109 @@ def peak_memory(name: str, size: int, batch_size: int, device_name: str, pipe) -
     pipe.send(torch.cuda.max_memory_allocated() / 2**20 if on_cuda else resident_peak() - before)
 
 
-def memory_of(name: str, size: int, cfg: Config) -> float:
+def memory_of(name: str, size: int, batch_size: int) -> float:
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe()
-    process = spawn.Process(target=peak_memory, args=(name, size, cfg.batch_size, cfg.device, there))
+    process = spawn.Process(target=peak_memory, args=(name, size, batch_size, there))
     process.start()
-    there.close()  # so that a child that dies is an error here, not a wait for ever
+    there.close()  # so that a child that dies is an error here, not an endless wait
     peak = here.recv()
     process.join()
     return peak
 
 
-def speed(cfg: Config, x: Tensor, device) -> None:
+def speed(cfg: Config, x: Tensor) -> None:
     """Print size, speed, memory and sampling time of every side; ratios are taken round by round."""
-    size = x.shape[-1]
+    size, device, rows = x.shape[-1], x.device, []
     trainers = {name: Trainer(make(size, device), x, cfg.batch_size, 0) for name, make in TIMED.items()}
 
     def train(trainer, _) -> None:
         for _ in range(cfg.round_steps):
             trainer.train_step()
 
-    def draw(trainer, r: int) -> None:
+    def draw_samples(trainer, r: int) -> None:
         trainer.side.sample(trainer.ema, (64, 1, size, size), torch.Generator().manual_seed(r), 10)
 
-    training = {name: functools.partial(train, trainer) for name, trainer in trainers.items()}
-    drawing = {name: functools.partial(draw, trainer) for name, trainer in trainers.items()}
-    trained, drawn = interleaved(training, cfg.rounds, device), interleaved(drawing, 3, device)
-    head = "side, M parameters, MFLOP an image, images/s in training, ours / it, peak MiB, usual evaluations"
-    head = [*head.split(", "), "s for 64 samples (from 10 evaluations)"]
-    print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
+    trained = {name: partial(train, trainer) for name, trainer in trainers.items()}
+    trained = interleaved(trained, cfg.rounds, device)
+    drawn = {name: partial(draw_samples, trainer) for name, trainer in trainers.items()}
+    drawn = interleaved(drawn, 3, device)
     for name, trainer in trainers.items():
         side, one = trainer.side, torch.ones(1, dtype=torch.long, device=device)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             side.forward(torch.zeros(1, 1, size, size, device=device), one)
-        images = cfg.round_steps * cfg.batch_size
         ratios = [theirs / ours for theirs, ours in zip(trained[name], trained["ours"], strict=True)]
-        cells = [
-            name,
-            f"{sum(p.numel() for p in side.model.parameters()) / 1e6:.2f}",
-            f"{counter.get_total_flops() / 1e6:.0f}",
-            f"{images / np.median(trained[name]):.0f}",
-            spread(ratios),
-            f"{memory_of(name, size, cfg):.0f}",
-            f"{side.usual}",
-            f"{np.median(drawn[name]) * side.usual / 10:.1f}",
-        ]
-        print("| " + " | ".join(cells) + " |", flush=True)
+        row = {"side": name, "M parameters": millions(side.model)}
+        row |= {"MFLOP per image": f"{counter.get_total_flops() / 1e6:.0f}"}
+        row |= {"images/s": f"{cfg.round_steps * cfg.batch_size / np.median(trained[name]):.0f}"}
+        row |= {"ours / it": spread(ratios), "peak MiB": f"{memory_of(name, size, cfg.batch_size):.0f}"}
+        row |= {"usual evaluations": side.usual}
+        row |= {"s for 64 samples": f"{np.median(drawn[name]) * side.usual / 10:.1f}"}  # from 10 evaluations
+        rows.append(row)
+    print_table(rows)
 
 
 # -- quality ---------------------------------------------------------------------------------------------
 
 
-def score_side(trainer: Trainer, name: str, cfg: Config, images, net, device) -> dict:
-    """The scores of score_n samples of a side as it is; the first fifty are drawn."""
+def score_side(trainer: Trainer, cfg: Config, path: Path) -> Tensor:
+    """cfg.score_n samples (n, C, H, W) uint8 of a side as it is; the first twenty are drawn."""
     generator, parts = torch.Generator().manual_seed(trainer.seed), []
     for n in torch.zeros(cfg.score_n).split(100):
-        shape = (len(n), *images.x.shape[1:])
+        shape = (len(n), *trainer.x.shape[1:])
         x0 = trainer.side.sample(trainer.ema, shape, generator, trainer.side.evaluations)
-        parts.append(imagen.to_uint8(x0))
+        parts.append(((x0.cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
     samples = torch.cat(parts)
-    file = f"{re.sub('[^a-z0-9]+', '-', name)}-{trainer.seed}.png"
-    imagen.save_grid(list(samples[:50].split(10)), [""] * len(samples[:50].split(10)), Path(cfg.out) / file)
-    return metrics.score_images(samples, images, net, device)
+    save_grid([""], samples[None, :20], path)
+    return samples
 
 
-def quality(cfg: Config, images, device) -> None:
-    """Print, and write to quality.csv, the distances of every side on the way to cfg.seconds of training."""
-    net, accuracy = metrics.load_classifier(images, imagen.CACHE, device)
-    x, rows = images.x.to(device), []
-    against = f"n={cfg.score_n} against {len(images.x_test)} test images, classifier accuracy {accuracy:.3f}"
-    print(f"\nAfter so many training seconds, {against}:")
+def quality(cfg: Config, images: Images, device: torch.device) -> None:
+    """Print and draw the distances of every side on the way to cfg.seconds of training."""
+    net = load_classifier(images, Path(cfg.out) / f"{images.facts['checksum']}.pt", device)
+    x, train, test = images.x.to(device), net.features(images.x), net.features(images.x_test)
+    real, rows = measures(real_features(train, cfg.score_n), train, test), []
+    marks = (cfg.seconds / 4, cfg.seconds / 2, cfg.seconds)
     for seed in cfg.seeds:
         for name, make in SCORED.items():
             torch.manual_seed(seed)
             trainer, seconds = Trainer(make(x.shape[-1], device), x, cfg.batch_size, seed), 0.0
-            for mark in (cfg.seconds / 4, cfg.seconds / 2, cfg.seconds):
-                start = time.perf_counter() - seconds
+            for mark in marks:
                 while seconds < mark:
+                    start = time.perf_counter()
                     trainer.train_step()
                     synchronize(device)
-                    seconds = time.perf_counter() - start
-                scores = score_side(trainer, name, cfg, images, net, device)
-                values = scores["samples"]
-                rows.append(dict(side=name, seed=seed, seconds=mark, steps=trainer.step, **values))
-                numbers = "  ".join(f"{key} {value:.4g}" for key, value in values.items())
-                how = f"{mark:g} s, {trainer.step} steps, {trainer.side.evaluations} evaluations"
-                print(f"  seed {seed}  {name} ({how}): {numbers}", flush=True)
-    real = scores["real"]["FD"]
-    print(f"  real training images: FD {real:.3g}")
-    with open(Path(cfg.out) / "quality.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-    print("wrote", draw_quality(rows, real, Path(cfg.out) / "quality.png"))
-
-
-def draw_quality(rows: list[dict], real: float, path: Path) -> Path:
-    """The distance of every side over its training seconds, the median of the seeds."""
-    with figure(path, (6, 3.6)) as (_, ax):
-        for name in SCORED:
-            seconds = sorted({row["seconds"] for row in rows})
-            own = [[row["FD"] for row in rows if (row["side"], row["seconds"]) == (name, s)] for s in seconds]
-            ax.plot(seconds, [np.median(values) for values in own], marker="o", label=name)
-        ax.axhline(real, color="black", linestyle=":", label="real training images")
-        ax.set(
-            xlabel="training seconds", ylabel="Fréchet distance to test images", yscale="log", xscale="log"
-        )
-        ax.legend(fontsize=8)
-    return path
+                    seconds += time.perf_counter() - start
+                picture = Path(cfg.out) / f"{re.sub('[^a-z]+', '-', name)}-{seed}.png"
+                f = net.features(score_side(trainer, cfg, picture))
+                row = dict(side=name, seed=seed, seconds=mark, steps=trainer.step)
+                rows.append(row | measures(f, train, test))
+                log(f"  {name}, {mark:g} s, {trainer.step} steps: FD {rows[-1]['FD']:.4g}")
+    rows.append(dict(side="real training images", seed=0, seconds=0, steps=0) | real)
+    log(f"after so many training seconds, n={cfg.score_n} against {len(test)} test images:")
+    print_table([{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows])
+    curves = {"real training images": [(mark, real["FD"]) for mark in marks]}
+    for name in SCORED:  # the median of the seeds
+        own = [[r["FD"] for r in rows if (r["side"], r["seconds"]) == (name, mark)] for mark in marks]
+        curves[name] = list(zip(marks, map(np.median, own), strict=True))
+    labels = dict(xlabel="training seconds", ylabel="Fréchet distance to test images")
+    draw(Path(cfg.out) / "quality.png", curves, xscale="log", yscale="log", **labels)
 
 
 def main(cfg: Config) -> None:
-    device, images = pick_device(cfg.device), load_images(cfg.dataset, cfg.data_dir)
+    device, images = pick_device(), load_images(cfg.dataset, cfg.data_dir)
+    if cfg.load:
+        return measure(cfg, images, device)
     C, H, W = images.x.shape[1:]
     if C != 1 or H != W or W % 4:
-        fit = "one channel and square images of a side divisible by 4"
-        raise UserError(f"the peers are set up for {fit}, got {(C, H, W)}; choose another --dataset")
-    try:
-        names = ("torch", "diffusers", "denoising-diffusion-pytorch")
-        libraries = ", ".join(f"{name} {version(name)}" for name in names)
-    except PackageNotFoundError as error:
-        how = "the peers come with: pip install -r requirements-dev.txt"
-        raise UserError(f"{error.name} is not installed; {how}") from error
-    where = f"{device}, {torch.get_num_threads()} threads, {platform.machine()}"
-    print(f"{cfg.dataset}, {len(images.x)} training images, batch {cfg.batch_size}; {where}; {libraries}\n")
-    speed(cfg, images.x.to(device), device)
+        raise UserError(f"the peers need one channel and sides divisible by 4, got {(C, H, W)}")
+    libraries = [f"{name} {version(name)}" for name in ("torch", "diffusers", "denoising-diffusion-pytorch")]
+    where = f"{device}, {torch.get_num_threads()} threads, {platform.machine()}, {', '.join(libraries)}"
+    log(f"{cfg.dataset}, {len(images.x)} training images, batch {cfg.batch_size}; {where}")
+    speed(cfg, images.x.to(device))
     if cfg.seconds:
         quality(cfg, images, device)
 
 
 if __name__ == "__main__":
-    run_script(Config, main, __doc__)
+    run_bench(Config, main, __doc__)

@@ -1,7 +1,7 @@
-"""textgen.py beside GPT-2 and beside PLANNER's way of doing the same.
+"""textgen.py beside GPT-2, and beside PLANNER's way of doing the same.
 
-python -m bench.text                    three ratios of speed, in interleaved rounds; about 5 minutes on a CPU
-python -m bench.text --checkpoint out/tripadvisor/diffusion/last.pt      quality: the score's table with GPT-2
+    python -m bench.text        four ratios of speed, in interleaved rounds; 5 minutes on a CPU
+    python -m bench.text --load out/tripadvisor/diffusion/last.pt    AuBLEU, robustness, a table with GPT-2
 
 The table trains two GPT-2s on the texts of the checkpoint, in folders beside it, until their held-out loss
 rises, or for as long as VAE and denoiser were trained: a "baseline", as large as these two together, which is
@@ -9,140 +9,250 @@ given the labels and writes texts; and a "judge", as large as the VAE's decoder 
 how surprising texts are (perplexity).
 """
 
-import dataclasses
+import itertools
 import math
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BertConfig,
-    BertModel,
-    GPT2Config,
-    GPT2LMHeadModel,
-)
+from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel, GPT2Config
 
 import textgen
 from bench.gpt import LabelGPT, mean_nats
+from bench.runs import TimedRun, millions, print_table, run_bench, saved_by
 from bench.timing import interleaved, spread
-from data import Pieces
+from common import scores, texts
+from common.run import autocast, check_range, log, pick_device
 from diffusion import drop_condition
-from files import UserError, load_checkpoint, load_weights, reason
-from tasks import grammar_texts
-from training import Run, autocast, millions, need, pick_device, run_script, saved_config
+from tasks import grammar
 from vae import TextVAE, kl, pretrained_backbones, small_backbones, small_gpt, substitute
+
+Rows = list[texts.Row]
 
 
 @dataclass(frozen=True)
 class Config:
     """Settings of a comparison."""
 
-    checkpoint: str | None = None  # of a diffusion of textgen.py: print its table of quality
-    rounds: int = 7  # speed: interleaved rounds
+    load: str | None = None  # a diffusion of textgen.py: measure it, beside GPT-2
+    score_n: int = 200  # load: texts of a score
+    rounds: int = 7  # speed: all sides in turn
     round_steps: int = 4  # speed: training steps of each side in a round
     batch_size: int = 64  # speed: reviews written at a time
     base_batch: int = 8  # speed: texts of a diffusion step at the base size
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, else mps, else cpu
 
     def __post_init__(self):
-        need(self, "rounds round_steps batch_size base_batch", 1)
+        check_range(self, "rounds round_steps batch_size base_batch", 1)
+        check_range(self, "score_n", 2)
 
 
-# -- quality ---------------------------------------------------------------------------------------------
+# -- measures --------------------------------------------------------------------------------------------
 
 
-def quality(path: Path, device) -> None:
-    """Print the rows of textgen.py's score and those of the baseline GPT-2, with perplexities."""
-    writer, train, test = read_writer(path, device)
-    judge, baseline = (train_gpt(writer, train, test, path.parent, name) for name in ("judge", "baseline"))
-    rows = textgen.new_and_real(writer, train, test)
+def self_bleu(written: list[str]) -> float:
+    """Mean BLEU of each text against all others: 100 where all are alike."""
+    from sacrebleu import sentence_bleu
+
+    how = "char" if scores.spaceless(written) else "13a"
+    others = [written[:i] + written[i + 1 :] for i in range(len(written))]
+    bleus = [sentence_bleu(a, b, tokenize=how).score for a, b in zip(written, others, strict=True)]
+    return float(np.mean(bleus))
+
+
+def distinct(written: list[str], n: int) -> float:
+    """The share of different n-grams of words among all; of characters where the texts are `spaceless`."""
+    words = [list("".join(text.split())) if scores.spaceless(written) else text.split() for text in written]
+    grams = [gram for row in words for gram in zip(*(row[i:] for i in range(n)), strict=False)]
+    return len(set(grams)) / max(1, len(grams))
+
+
+def nearest_cosine(written: list[str], train: list[str]) -> float:
+    """Mean cosine of each text to its nearest training text, in TF-IDF of words and pairs of words."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    unit = "char" if scores.spaceless(train) else "word"
+    vectors = TfidfVectorizer(analyzer=unit, ngram_range=(1, 2)).fit(train)
+    cosine = (vectors.transform(written) @ vectors.transform(train).T).max(axis=1).toarray()
+    return float(cosine.mean())
+
+
+def score_rows(dataset: str, rows: dict[str, tuple[list[str], list[int]]], train: Rows) -> dict[str, dict]:
+    """The measures of rows of (texts, labels).
+
+    label: the share that a classifier reads as labelled. Of the grammar's texts also accepted: the share that
+    it accepts, and rating: the share with the rating that the label says.
+    """
+    known, labels = [text for text, _, _ in train], [label for _, label, _ in train]
+    classify = scores.text_classifier(known, labels) if len(set(labels)) > 1 else None
+    table = {}
+    for name, (written, y) in rows.items():
+        row = {f"dist-{n}": distinct(written, n) for n in (1, 2)}
+        row |= {"self-BLEU": self_bleu(written[:50]), "nearest": nearest_cosine(written, known)}
+        if classify:
+            row["label"] = scores.agreement(classify(written), y)
+        if dataset == "grammar":
+            ratings = [grammar.rating_of(text) for text in written]
+            row["accepted"] = 1 - ratings.count(None) / len(ratings)
+            row["rating"] = scores.agreement(ratings, [label + 1 for label in y])
+        table[name] = row
+    return table
+
+
+def print_scores(table: dict[str, dict[str, float]]) -> None:
+    print_table([{"": name} | {k: f"{v:.3g}" for k, v in row.items()} for name, row in table.items()])
+
+
+# -- a finished run --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Finished:
+    """A run of textgen.py: its writer, its training and held-out pieces, and its training seconds."""
+
+    folder: Path
+    writer: textgen.Writer
+    train: Rows
+    test: Rows
+    seconds: float
+
+    @staticmethod
+    def load(path, device: torch.device) -> "Finished":
+        folder, writer = Path(path).parent, textgen.load(path, device)
+        train, test = textgen.pieces(
+            writer.cfg, writer.encoder, writer.decoder, textgen.load_texts(writer.cfg)
+        )
+        stages = (folder / "last.pt", folder.parent / "vae/last.pt")
+        seconds = sum(saved_by(textgen.Config, stage)["seconds"] for stage in stages)
+        return Finished(folder, writer, train, test, seconds)
+
+    def rows(self, n: int) -> dict[str, tuple[list[str], list[int]]]:
+        """Texts and labels: new ones under the conditions of n training texts, these, and held-out ones."""
+        generator = torch.Generator().manual_seed(self.writer.cfg.seed)
+        known = [self.train[i] for i in torch.randperm(len(self.train), generator=generator)[:n].tolist()]
+        rows = {}
+        for name, part in (("samples", known), ("training", known), ("held out", self.test[:n])):
+            written = self.writer.sample(part) if name == "samples" else [text for text, _, _ in part]
+            rows[name] = written, [label for _, label, _ in part]
+        return rows
+
+    def tensors(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """The encoder's ids and the decoder's targets of rows, (N, max_tokens) each."""
+        return textgen.tensors(self.writer.cfg, self.writer.encoder, self.writer.decoder, rows)
+
+
+def quality(cfg: Config, device: torch.device) -> None:
+    """Print how texts come back from their latents, and the table of new ones beside GPT-2's."""
+    run = Finished.load(cfg.load, device)
+    order = torch.randperm(len(run.test), generator=torch.Generator().manual_seed(run.writer.cfg.seed))
+    held_out = [run.test[i] for i in order[: cfg.score_n].tolist()]
+    score_vae(run, held_out)
+    score_denoiser(run, held_out[:100])
+    judge, baseline = (train_gpt(run, name, device) for name in ("judge", "baseline"))
+    rows = run.rows(cfg.score_n)
     y = rows["samples"][1]
     for top_p in (0.7, 0.92, 1.0):
-        rows[f"GPT-2 top-p {top_p:g}"] = (write_reviews(writer, baseline, y, top_p), y)
-    scores = textgen.score_rows(writer.cfg, rows, train, test)
-    for name, (new, _) in rows.items():
-        scores[name]["perplexity"] = judged(writer, judge, new)
-    try:
-        perplexity = load_gpt2(device)
-        for name, (new, _) in rows.items():
-            scores[name]["GPT-2's"] = perplexity(new)
-    except UserError as error:
-        print(f"no perplexity under GPT-2: {error}")
-    print(f"\n{path}, {writer.tag}, n={len(y)}\n")
-    print_scores(scores)
+        rows[f"GPT-2 top-p {top_p:g}"] = write_reviews(run, baseline, y, top_p), y
+    table = score_rows(run.writer.cfg.dataset, rows, run.train)
+    for name, (written, _) in rows.items():
+        table[name]["perplexity"] = perplexity(run, judge, written)
+    log(f"\n{cfg.load}, n={len(y)}, trained {run.seconds:.0f} s")
+    print_scores(table)
 
 
-def read_writer(path, device) -> tuple[textgen.Writer, Pieces, Pieces]:
-    """The writer in a checkpoint of the diffusion, and the training and held-out pieces of its texts."""
-    cfg = saved_config(textgen.Config, load_checkpoint(path, textgen.Config.kind)["config"], path)
-    texts = textgen.texts_of(cfg)
-    writer = textgen.load_writer(cfg, path, device, texts)
-    train, test = (textgen.split_pieces(cfg, writer.codec, texts, name) for name in ("train", "test"))
-    return writer, train, test
+@torch.no_grad()
+def score_vae(run: Finished, rows: Rows) -> None:
+    """Print BLEU of texts written back from their latents, also with 30% of the tokens substituted; nats."""
+    writer, (ids, target) = run.writer, run.tensors(rows)
+    real = texts.decode(writer.decoder, target)
+    torch.manual_seed(writer.cfg.seed)
+    spoilt = substitute(ids, torch.full((len(ids),), 0.3), writer.vae.encoder.config.vocab_size)
+    bleus = []
+    for x in (ids, spoilt):
+        z = (textgen.encode_all(writer.vae, x) - writer.mean) / writer.std
+        bleus.append(scores.bleu(writer.write(z), real))
+    read = [[i for i in row if i >= 0] for row in spoilt.tolist()]
+    read = [writer.encoder.decode(row, skip_special_tokens=True).strip() for row in read]
+    of = f"of 30% substituted tokens {bleus[1]:.1f}, where that text itself has {scores.bleu(read, real):.1f}"
+    log(f"VAE, n={len(real)}: BLEU {bleus[0]:.1f}, {of}")
+    z, target = textgen.encode_all(writer.vae, ids).to(writer.device), target.to(writer.device)
+    under = {"its own": z, "another text's": z.roll(1, 0), "zero": torch.zeros_like(z)}
+    nats = [f"{name} latents {writer.vae.cross_entropy(x, target):.2f}" for name, x in under.items()]
+    log(f"nats per token under {', '.join(nats)}")
 
 
-def print_scores(scores: dict[str, dict[str, float]]) -> None:
-    """Print the measures of rows as a table."""
-    names = list(scores["samples"])
-    print(f"| | {' | '.join(names)} |\n|---{'|---' * len(names)}|")
-    for name, values in scores.items():
-        print(f"| {name} | {' | '.join(f'{value:.3g}' for value in values.values())} |")
+def guess(run: Finished, x0: Tensor, y, t: int) -> Tensor:
+    """The denoiser's guess, in one evaluation, of standardised latents x0 (N, k, d) noised to step t."""
+    writer, process = run.writer, run.writer.process
+    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(writer.cfg.seed))
+    xt = (process.a[t] * x0 + process.s[t] * eps).to(writer.device)
+    y = textgen.rows_of(y, slice(None))
+    return process.guess(writer.model, xt, torch.full((len(x0),), t, device=writer.device), y).cpu()
 
 
-def train_gpt(writer: textgen.Writer, train: Pieces, test: Pieces, out: Path, name: str) -> LabelGPT:
-    """The "baseline" or the "judge", trained in out/NAME; where it has been trained, it is loaded."""
-    device, path = writer.device, out / name / "last.pt"
-    seed = writer.cfg.seed + (name == "judge")  # other weights, another order than the baseline's
-    cfg = dataclasses.replace(writer.cfg, seed=seed, resume=path.exists())
+@torch.no_grad()
+def score_denoiser(run: Finished, rows: Rows) -> None:
+    """Print AuBLEU: the area under the BLEU of texts written from `guess`, over alpha_bar. PLANNER."""
+    writer, (ids, target) = run.writer, run.tensors(rows)
+    real, y = texts.decode(writer.decoder, target), writer.condition(rows)
+    x0 = (textgen.encode_all(writer.vae, ids) - writer.mean) / writer.std
+    points = []
+    for t in range(textgen.T, 0, -textgen.T // 10):
+        written = writer.write(guess(run, x0, y, t))
+        points.append((writer.process.a[t] ** 2, scores.bleu(written, real)))
+    points.append((1.0, scores.bleu(writer.write(x0), real)))
+    log(f"AuBLEU {area(points):.1f} of {points[-1][1]:.1f}, n={len(real)}; by alpha_bar:")
+    log(", ".join(f"{alpha_bar:.2f}: {bleu:.1f}" for alpha_bar, bleu in points))
+
+
+def area(points: list[tuple[float, float]]) -> float:
+    """Area under points (x, y), in ascending order of x, by trapezoids, as PLANNER's code has it."""
+    return sum((b - a) * (y + z) / 2 for (a, y), (b, z) in itertools.pairwise(points))
+
+
+# -- GPT-2 -----------------------------------------------------------------------------------------------
+
+
+def train_gpt(run: Finished, name: str, device: torch.device) -> LabelGPT:
+    """The "baseline" or the "judge", trained in a folder beside the run, or loaded where it has been."""
+    writer, seed = run.writer, run.writer.cfg.seed + (name == "judge")  # other weights, another order
+    cfg = replace(writer.cfg, seed=seed, out=str(run.folder / name), resume=True)
     torch.manual_seed(seed)
-    model = LabelGPT(make_decoder(writer, name), len(writer.names), writer.codec.eos).to(device)
-    saved = load_checkpoint(path, cfg.kind) if path.exists() else dict(extra=dict(done=False, best=math.inf))
-    if saved["extra"]["done"]:
-        load_weights(model, saved["ema"], path)
-        return model.eval()
-    labelled = name == "baseline"
-    y, y_test = (p.y if labelled else torch.full_like(p.y, -1) for p in (train, test.first(256)))
-    y, target, target_test = y.to(device), train.target.to(device), test.first(256).target
-    steps = cfg.vae_steps + cfg.diffusion_steps
-    run = Run(cfg, model, device, dict(stage=name), path.parent, steps, cfg.vae_batch, saved["extra"])
-    print(f"{name}: a GPT-2 of {millions(model)}, for at most {writer.seconds:.0f} s", flush=True)
-    for step, batch in run.steps(len(target), writer.seconds):
-        with autocast(device, cfg.precision):
-            loss = run.model(y[batch], target[batch])
-        run.update(loss)
-        if step % min(250, cfg.sample_every) == 0:
-            with run.pause():
-                nats = mean_nats(run.ema.module, y_test, target_test, device)
-            print(f"step {step}: held-out nats a token {nats:.3f}", flush=True)
-            if nats > run.extra["best"]:
-                break
-            run.extra["best"] = nats
-    run.extra["done"] = True
-    run.save()
-    return run.ema.module.eval()
+    eos = writer.decoder.eos_token_id
+    model = LabelGPT(make_decoder(run, name), len(writer.facts["names"]), eos).to(device)
+    y, y_test = (torch.tensor([label for _, label, _ in rows]) for rows in (run.train, run.test[:256]))
+    if name == "judge":
+        y, y_test = torch.full_like(y, -1), torch.full_like(y_test, -1)
+    target, target_test = (run.tensors(rows)[1] for rows in (run.train, run.test[:256]))
+    y, target = y.to(device), target.to(device)
+    sizes = dict(max_steps=cfg.vae_steps + cfg.diffusion_steps, batch_size=cfg.vae_batch)
+    log(f"{name}: a GPT-2 of {millions(model)} M parameters, for at most {run.seconds:.0f} s")
+    held_out = partial(mean_nats, y=y_test, target=target_test)
+    ends = dict(limit=run.seconds, score=held_out, every=min(250, cfg.sample_every), early_stop=True)
+    with TimedRun(cfg, model, dict(stage=name), device, **sizes, **ends) as timed:
+        for _, batch in timed.steps(len(target)):
+            with autocast(device, cfg.precision):
+                loss = timed.model(y[batch], target[batch])
+            timed.update(loss)
+        return timed.ema
 
 
-def judged(writer: textgen.Writer, judge: LabelGPT, texts: list[str]) -> float:
+def perplexity(run: Finished, judge: LabelGPT, written: list[str]) -> float:
     """The perplexity of texts, by the judge."""
-    target = writer.codec.encode(texts)[1]
-    return math.exp(mean_nats(judge, torch.full((len(texts),), -1), target, writer.device))
+    target = run.tensors([(text, -1, "") for text in written])[1]
+    return math.exp(mean_nats(judge, torch.full((len(written),), -1), target))
 
 
-def make_decoder(writer: textgen.Writer, name: str) -> GPT2LMHeadModel:
+def make_decoder(run: Finished, name: str):
     """The judge's decoder is like the VAE's; the baseline's makes up for encoder and denoiser by its size."""
-    cfg, vocab = writer.cfg, writer.codec.vocab
+    writer, cfg = run.writer, run.writer.cfg
     if cfg.decoder != "scratch":
         return pretrained_backbones(cfg.encoder, cfg.decoder)[1]
-    D, depth = cfg.vae_width, cfg.vae_depth
+    D, depth, vocab = cfg.vae_width, cfg.vae_depth, len(writer.decoder)
     if name == "baseline":
         size = sum(p.numel() for p in (*writer.vae.parameters(), *writer.model.parameters()))
         D = cfg.vae_width * 3 // 2
@@ -150,41 +260,14 @@ def make_decoder(writer: textgen.Writer, name: str) -> GPT2LMHeadModel:
     return small_gpt(vocab, D, depth, cfg.max_tokens + 1)
 
 
-@torch.no_grad()
-def write_reviews(writer: textgen.Writer, model: LabelGPT, y: Tensor, top_p: float) -> list[str]:
-    """What the GPT-2 writes for labels y (N,)."""
-    torch.manual_seed(writer.cfg.seed)
-    texts = []
-    for part in y.split(64):
-        ids = model.generate(model.read(part.to(writer.device)), writer.cfg.max_tokens, top_p)
-        texts += writer.codec.decode(ids)
-    return texts
-
-
-def load_gpt2(device, name: str = "gpt2"):
-    """A function from texts to their perplexity under a pretrained GPT-2 (hub name or folder).
-
-    That is exp of the mean nats of all tokens but each text's first; texts are cut at 512 tokens. Raises
-    UserError where the weights are not on disk and cannot be downloaded.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name).to(device).eval()
-    except Exception as error:  # no network, no such name, a damaged folder
-        raise UserError(f"{name} is not on disk and could not be downloaded ({reason(error)})") from error
-
-    @torch.no_grad()
-    def perplexity(texts: list[str]) -> float:
-        nats, n = 0.0, 0
-        for text in texts:
-            ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=512).input_ids.to(device)
-            if ids.shape[1] > 1:
-                logits = model(ids).logits[0, :-1].float()
-                nats += F.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
-                n += ids.shape[1] - 1
-        return math.exp(nats / n) if n else math.nan
-
-    return perplexity
+def write_reviews(run: Finished, model: LabelGPT, labels: list[int], top_p: float) -> list[str]:
+    """What the GPT-2 writes for labels."""
+    torch.manual_seed(run.writer.cfg.seed)
+    written = []
+    for part in torch.tensor(labels).split(64):
+        ids = model.write(part.to(run.writer.device), run.writer.cfg.max_tokens, top_p)
+        written += texts.decode(run.writer.decoder, ids)
+    return written
 
 
 # -- speed -----------------------------------------------------------------------------------------------
@@ -212,7 +295,7 @@ def training_steps(model, loss, n: int, device):
     """A function that takes n optimizer steps of model on loss()."""
     opt = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type != "mps")
 
-    def work(r: int) -> None:
+    def work(_) -> None:
         for _ in range(n):
             loss().backward()
             opt.step()
@@ -223,46 +306,47 @@ def training_steps(model, loss, n: int, device):
 
 def compare(title: str, sides: dict, rounds: int, device, scale: float = 1.0) -> None:
     """Print the seconds of two sides, those of the second times `scale`, and their ratio, round by round."""
-    took = interleaved(sides, rounds, device)
-    (a, ours), (b, theirs) = took.items()
-    theirs = [seconds * scale for seconds in theirs]
-    ratios = [there / here for here, there in zip(ours, theirs, strict=True)]
-    seconds = f"{a} {np.median(ours):.3f} s, {b} {np.median(theirs):.3f} s"
-    print(f"{title}: {seconds}, ratio {spread(ratios)}", flush=True)
+    (a, ours), (b, theirs) = interleaved(sides, rounds, device).items()
+    ratios = [scale * there / here for here, there in zip(ours, theirs, strict=True)]
+    seconds = f"{a} {np.median(ours):.3f} s, {b} {scale * np.median(theirs):.3f} s"
+    log(f"{title}: {seconds}, ratio {spread(ratios)}")
 
 
-def tiny_parts(device):
-    """The grammar's texts, and what textgen.py at its defaults makes of them: cfg, codec, facts, VAE."""
-    cfg, texts = textgen.Config(dataset="grammar"), grammar_texts()
-    codec = textgen.pick_codec(cfg, texts, Path("no checkpoint"))
-    facts = dict(codec=dataclasses.asdict(codec), names=texts.names)
-    return texts, cfg, codec, facts, textgen.build_vae(cfg, facts, device)
+def small_parts(device) -> tuple[textgen.Config, dict, TextVAE, Rows]:
+    """What textgen.py at its defaults makes of the grammar: cfg, facts, VAE and training texts."""
+    cfg = textgen.Config(dataset="grammar")
+    data = textgen.load_texts(cfg)
+    tokenizer = texts.train_tokenizer([text for text, _, _ in data.train], cfg.vocab)
+    facts = dict(names=data.names, encoder=texts.to_json(tokenizer), decoder=texts.to_json(tokenizer))
+    return cfg, facts, textgen.build_vae(cfg, facts, device, pretrained=False), data.train
 
 
 def vae_speed(bench: Config, device) -> None:
     """A step of the VAE beside PLANNER's way of it, with BERT and GPT-2 as they come and as ours are."""
-    texts, cfg, codec, _, vae = tiny_parts(device)
-    ids, target = (part.to(device) for part in codec.encode(texts.train.x[: cfg.vae_batch]))
-    parts = small_backbones(codec.vocab, cfg.vae_width, cfg.vae_depth, cfg.max_tokens + cfg.k + 1)
+    cfg, facts, vae, rows = small_parts(device)
+    tokenizer = texts.from_json(*facts["decoder"])
+    ids, target = textgen.tensors(cfg, tokenizer, tokenizer, rows[: cfg.vae_batch])
+    ids, target = ids.to(device), target.to(device)
+    parts = small_backbones(len(tokenizer), cfg.vae_width, cfg.vae_depth, cfg.max_tokens + cfg.k + 1)
     bert, gpt = (part.config.to_dict() | dict(attn_implementation="sdpa") for part in parts)
     bert = BertModel(BertConfig(**bert), add_pooling_layer=False)
-    gpt = GPT2LMHeadModel(GPT2Config(**gpt | dict(activation_function="gelu_new")))
+    gpt = AutoModelForCausalLM.from_config(GPT2Config(**gpt | dict(activation_function="gelu_new")))
     for name, theirs in (("PLANNER's way", (bert, gpt)), ("PLANNER's way on our backbones", parts)):
-        plain = TextVAE(*theirs, cfg.k, cfg.d, codec.eos, variance="learned", beta=1e-5).to(device)
+        plain = TextVAE(*theirs, cfg.k, cfg.d, vae.eos, variance="learned", beta=1e-5).to(device)
         our_loss, their_loss = partial(vae, ids, target), partial(planner_loss, plain, ids, target)
         sides = {
             "ours": training_steps(vae, our_loss, bench.round_steps, device),
             name: training_steps(plain, their_loss, bench.round_steps, device),
         }
-        compare(f"VAE step, tiny, batch {cfg.vae_batch}, float32", sides, bench.rounds, device)
+        compare(f"VAE step, batch {cfg.vae_batch}, float32", sides, bench.rounds, device)
 
 
 def diffusion_speed(bench: Config, device) -> None:
     """A step of the diffusion at the base size on stored latents, and with BERT encoding on the fly."""
-    _, _, _, facts, vae = tiny_parts(device)
-    cfg = textgen.Config(size="base", **textgen.RECIPES["base"])
+    _, facts, vae, _ = small_parts(device)
+    cfg = textgen.Config(size="base", **textgen.Config.RECIPES["base"])
     bert = AutoModel.from_config(BertConfig(), add_pooling_layer=False).to(device).eval()  # bert-base's shape
-    process, denoiser = textgen.build_denoiser(cfg, facts, vae, device)
+    process, denoiser = textgen.build_denoiser(cfg, facts, vae)
     B = bench.base_batch
     words = torch.randint(1000, 30_000, (B, cfg.max_tokens), device=device)
     y, stored = torch.zeros(B, dtype=torch.long, device=device), torch.randn(B, cfg.k, cfg.d, device=device)
@@ -283,37 +367,34 @@ def diffusion_speed(bench: Config, device) -> None:
 
 
 def writing_speed(bench: Config, device) -> None:
-    """Reviews written in a batch and one by one."""
-    _, cfg, codec, facts, vae = tiny_parts(device)
-    process, denoiser = textgen.build_denoiser(cfg, facts, vae, device)
-    cfg = dataclasses.replace(cfg, top_p=1.0)  # read greedily, random weights may end every review at once
+    """Reviews written in a batch and one by one, of random weights, which seldom end a review."""
+    cfg, facts, vae, rows = small_parts(device)
     mean, std = torch.zeros(cfg.k, cfg.d), torch.ones(cfg.k, cfg.d)
-    parts = (codec, vae.eval(), process, denoiser.eval(), mean, std, facts["names"], device)
 
     def write(r: int, n: int) -> None:
-        writer = textgen.Writer(dataclasses.replace(cfg, seed=r), *parts)
-        writer.sample(torch.zeros(n, dtype=torch.long), [""] * n)
+        writer = textgen.Writer(replace(cfg, seed=r), facts, vae.eval(), mean, std)
+        writer.sample(rows[:n])
 
     def one_by_one(r: int) -> None:
         for _ in range(4):
             write(r, 1)
 
     n = bench.batch_size
-    title = f"writing {n} reviews, tiny, {cfg.steps} evaluations; one by one from 4"
+    title = f"writing {n} reviews, {cfg.steps} evaluations; one by one from 4"
     sides = {"in a batch": partial(write, n=n), "one by one": one_by_one}
     compare(title, sides, bench.rounds, device, n / 4)
 
 
 def main(cfg: Config) -> None:
-    device = pick_device(cfg.device)
-    if cfg.checkpoint:
-        return quality(Path(cfg.checkpoint), device)
-    machine = f"{device}, {torch.get_num_threads()} threads, {platform.machine()}; torch {torch.__version__}"
-    print(f"{machine}; {cfg.rounds} interleaved rounds\n")
+    device = pick_device()
+    if cfg.load:
+        return quality(cfg, device)
+    where = f"{device}, {torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}"
+    log(f"{where}, {cfg.rounds} interleaved rounds")
     vae_speed(cfg, device)
     diffusion_speed(cfg, device)
     writing_speed(cfg, device)
 
 
 if __name__ == "__main__":
-    run_script(Config, main, __doc__)
+    run_bench(Config, main, __doc__)

@@ -29,3 +29,16 @@ def interleaved(sides: dict, rounds: int, device) -> dict[str, list[float]]:
 def spread(values) -> str:
     """Median and range."""
     return f"{np.median(values):.2f} ({min(values):.2f}..{max(values):.2f})"
+
+
+def best_rate(work, n: int, rounds: int = 3) -> float:
+    """How many of the n things that work() makes it makes a second, in its best round.
+
+    What work() returns is on the CPU, so nothing is left to wait for.
+    """
+    took = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        work()
+        took.append(time.perf_counter() - start)
+    return n / min(took)
