@@ -1,11 +1,15 @@
-"""Text diffusion: a VAE turns paragraphs into latents, diffusion makes new latents, the VAE writes them out.
+"""Text diffusion: a VAE turns texts into latents, diffusion makes new latents, the VAE's decoder writes them.
 
-    python textgen.py --dataset grammar                small hotel reviews with a known grammar: no download
-    python textgen.py --dataset reviews.csv            your own texts, with a rating or not
-    python textgen.py --dataset reviews.csv --size base     the same from pretrained BERT and GPT-2, on a GPU
-    python textgen.py --load out/grammar/diffusion/last.pt     more samples of a finished run
+    python textgen.py --dataset grammar                     small hotel reviews: no download
+    python textgen.py --dataset reviews.csv                 your own texts, with ratings or without
+    python textgen.py --dataset reviews.csv --size base     from pretrained BERT and GPT-2, on a GPU
+    python textgen.py --load out/grammar/diffusion/last.pt  more samples of a finished run
 
-Both stages are PLANNER's, 2306.02531. The mathematics is in diffusion.py, the VAE in vae.py.
+Both stages are PLANNER's, 2306.02531. The mathematics is in diffusion.py, the VAE in vae.py. From Python:
+
+    writer = textgen.load("out/grammar/diffusion/last.pt")
+    for text in writer.sample([4, 4, 0]):  # labels; or texts, where the condition is a text
+        print(text)
 """
 
 import hashlib
@@ -17,14 +21,30 @@ import torch
 from torch import Tensor
 
 from common import scores, texts
-from common.run import Run, UserError, autocast, load_checkpoint, pick_device, reading, run_script, log, save_text
+from common.run import (
+    Run,
+    UserError,
+    autocast,
+    check_range,
+    is_builtin,
+    log,
+    open_checkpoint,
+    pick_device,
+    resolve_out,
+    run_script,
+    save_text,
+)
 from common.tables import load_tables
 from diffusion import SAMPLERS, Diffusion, LatentTransformer, cosine, drop_condition, sample
 from tasks import grammar
 from vae import TextVAE, pretrained_backbones, small_backbones, untrained_backbones
 
 T = 1000  # timesteps of the forward process
-Tensors = tuple[Tensor, Tensor]  # the encoder's ids and the decoder's targets, (N, L) each
+
+
+BASE = dict(encoder="bert-base-uncased", decoder="gpt2", max_tokens=256, k=16, span=16, latent_noise=0.3)
+BASE |= dict(vae_steps=50_000, vae_batch=128, shift=2.0, width=768, depth=12, lr=1e-4)
+BASE |= dict(diffusion_steps=100_000, diffusion_batch=256)
 
 
 @dataclass(frozen=True)
@@ -35,20 +55,18 @@ class Config:
     dataset: str = "tripadvisor"  # grammar (made here), tripadvisor or owner/name (hub), or a file or folder
     text_column: str | None = None  # column of the texts; by default guessed
     label_column: str | None = None  # column of the classes; by default guessed; "none" is none
-    size: Literal["small", "base"] = "small"  # base: pretrained BERT and GPT-2
+    size: Literal["small", "base", "planner"] = "small"  # base and planner: pretrained BERT and GPT-2
     max_tokens: int = 56  # of a text with its end token; longer texts are cut at sentence ends
     # VAE
-    encoder: str = "scratch"  # or the hub name or folder of a BERT-like model
-    decoder: str = "scratch"  # or the hub name or folder of a causal language model
+    encoder: str = "scratch"  # or a BERT-like model, by hub name or folder
+    decoder: str = "scratch"  # or a causal language model, by hub name or folder
     vocab: int = 4096  # scratch: tokens of the BPE
     vae_width: int = 192  # scratch: width of encoder and decoder
     vae_depth: int = 3  # scratch: blocks of encoder and decoder
     k: int = 28  # latents of a text
-    d: int = 256  # width of a latent
+    latent_width: int = 256
     span: int = 2  # neighbouring states of the encoder that make a latent; k * span should cover a text
-    pool: Literal["mean", "concat"] = (
-        "mean"  # of those states; concat keeps their order, mean needs fewer texts
-    )
+    pool: Literal["mean", "concat"] = "mean"  # of a span; concat keeps the order, mean needs fewer texts
     variance: Literal["fixed", "learned"] = "fixed"  # of the latents; learned is PLANNER's, with a KL
     latent_noise: float = 1.2  # fixed: standard deviation; more: more fluent samples, less exact copies
     beta: float = 0.0  # learned: weight of the KL
@@ -56,7 +74,7 @@ class Config:
     vae_steps: int = 5000  # optimizer steps of the VAE
     vae_batch: int = 32  # texts per step of the VAE, over all processes
     # diffusion
-    condition: str = "label"  # label, none, or the name of a column of texts
+    condition: str = "label"  # label, none, prefix (the text before), or the name of a column of texts
     shift: float = 4.0  # above 1: more of the steps at high noise
     self_condition: float = 0.9  # share of steps in which the denoiser sees its first guess
     label_drop: float = 0.1  # share of the conditions that are dropped, for guidance
@@ -71,8 +89,8 @@ class Config:
     sampler: Literal[tuple(SAMPLERS)] = "dpm++"  # DPM-Solver++(2M), DDIM, DDPM or EDM's Heun
     steps: int = 20  # evaluations of the denoiser (twice as many with guidance)
     guidance: float = 2.0  # classifier-free guidance: 0 is off, 4 is strong
-    prompt: str | None = None  # with --load: the text of the condition, if that is a column
-    n: int = 4  # samples of each class, or of each text
+    prompt: str | None = None  # where the condition is a text: that text
+    samples: int = 4  # texts for each class, or for each text of the condition
     score_n: int = 200  # texts of a score; 0 is no score
     # the run
     out: str = "out/{dataset}"  # folder
@@ -83,20 +101,27 @@ class Config:
     load: str | None = None  # draw samples from this checkpoint of the diffusion, do not train
 
     script: ClassVar = "textgen"
-    RECIPES: ClassVar = {
-        "grammar": dict(
-            max_tokens=48, k=6, d=128, span=8, pool="concat", p_max=0.3, vae_steps=3500, shift=5.0
-        )
-        | dict(diffusion_steps=8000, diffusion_batch=192, sampler="ddpm", steps=200),
-        "base": dict(encoder="bert-base-uncased", decoder="gpt2", max_tokens=256, k=16, span=16)
-        | dict(latent_noise=0.3, vae_steps=50_000, vae_batch=128, shift=2.0, width=768, depth=12, lr=1e-4)
-        | dict(diffusion_steps=100_000, diffusion_batch=256),
-    }
+    RECIPES: ClassVar = dict(
+        grammar=dict(max_tokens=48, k=6, latent_width=128, span=8, pool="concat", p_max=0.3, vae_steps=3500)
+        | dict(shift=5.0, diffusion_steps=8000, diffusion_batch=192, sampler="ddpm", steps=200),
+        base=BASE,
+        planner=BASE | dict(span=1, variance="learned", beta=1e-5, p_max=0.0),  # the VAE of the paper
+    )
+
+    def __post_init__(self):
+        check_range(self, "max_tokens k latent_width span vocab width vae_width depth vae_depth vae_steps", 1)
+        check_range(self, "vae_batch diffusion_steps diffusion_batch samples sample_every save_every", 1)
+        check_range(self, "p_max self_condition label_drop", 0, 1)
+        check_range(self, "latent_noise beta guidance score_n", 0)
+        check_range(self, "steps", 1, T)
+        check_range(self, "shift", 0.01)
+        if self.width % 16 or self.vae_width % 8:
+            raise UserError("--width must be divisible by 16, and --vae_width by 8")
 
     @property
-    def column(self) -> str | None:
-        """The column of the conditions, if they are texts."""
-        return None if self.condition in ("label", "none") else self.condition
+    def reads_text(self) -> bool:
+        """Whether the condition is a text: the text before, or that of a column."""
+        return self.condition not in ("label", "none")
 
 
 # A VAE serves several diffusions.
@@ -106,26 +131,34 @@ FREE_IN_VAE = set("condition shift self_condition label_drop width depth diffusi
 # -- the parts -------------------------------------------------------------------------------------------
 
 
-def build_vae(cfg: Config, facts: dict, device: torch.device, pretrained: bool) -> TextVAE:
-    """The VAE that cfg describes. pretrained: read its parts by name; without it their weights follow."""
+def build_vae(cfg: Config, facts: dict, device: torch.device) -> TextVAE:
+    """The VAE that cfg describes; of pretrained parts that were read before, the facts know the shape."""
     torch.manual_seed(cfg.seed)
-    tokenizer, longest = texts.from_json(*facts["decoder"]), max(cfg.max_tokens, cfg.k * cfg.span)
+    tokenizer, longest = tokenizers(facts)[1], max(cfg.max_tokens, cfg.k * cfg.span)
     if cfg.encoder == "scratch":
         parts = small_backbones(len(tokenizer), cfg.vae_width, cfg.vae_depth, longest + cfg.k + 1)
-    elif pretrained:
-        try:
-            parts = pretrained_backbones(cfg.encoder, cfg.decoder)
-        except Exception as error:  # no network, no such name, a damaged folder
-            raise UserError(f"{cfg.encoder} and {cfg.decoder} could not be loaded: {error}") from error
-        facts["backbones"] = [part.config.to_json_string(use_diff=False) for part in parts]
-    else:
+    elif "backbones" in facts:
         parts = untrained_backbones(*facts["backbones"])
-    limits = [getattr(part.config, "max_position_embeddings", 2**30) for part in parts]
-    if longest > min(limits[0], limits[1] - cfg.k):
-        raise UserError(f"--max_tokens {cfg.max_tokens}: encoder and decoder have {limits} positions")
+    else:
+        parts = texts.load_pretrained(pretrained_backbones, cfg.encoder, cfg.decoder)
     how = dict(span=cfg.span, pool=cfg.pool, variance=cfg.variance, noise=cfg.latent_noise)
-    vae = TextVAE(*parts, cfg.k, cfg.d, tokenizer.eos_token_id, **how, beta=cfg.beta, p_max=cfg.p_max)
+    how |= dict(beta=cfg.beta, p_max=cfg.p_max)
+    vae = TextVAE(*parts, cfg.k, cfg.latent_width, tokenizer.eos_token_id, **how)
+    check_parts(cfg, vae, longest)
     return vae.to(device)
+
+
+@torch.no_grad()
+def check_parts(cfg: Config, vae: TextVAE, L: int) -> None:
+    """Raise UserError unless both parts read L tokens, and the decoder none that it has yet to write."""
+    ids = torch.ones(2, L, dtype=torch.long)
+    try:
+        ids[1, -2] = 2
+        one, other = vae.decode(vae.encode(ids)[0][:1].expand(2, -1, -1), ids)[:, :-1]
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+    except Exception as error:  # of any type: it comes from any model
+        what = f"{cfg.encoder} cannot read {L} tokens, or {cfg.decoder} not write them from left to right"
+        raise UserError(f"{what}: {error}") from error
 
 
 def build_denoiser(cfg: Config, facts: dict, vae: TextVAE) -> tuple[Diffusion, LatentTransformer]:
@@ -133,10 +166,10 @@ def build_denoiser(cfg: Config, facts: dict, vae: TextVAE) -> tuple[Diffusion, L
     torch.manual_seed(cfg.seed)
     device = vae.fc_mean.weight.device
     classes = len(facts["names"]) if cfg.condition == "label" else 0
-    d_context = vae.encoder.config.hidden_size if cfg.column else 0
+    d_context = vae.encoder.config.hidden_size if cfg.reads_text else 0
     process = Diffusion(*cosine(T, cfg.shift), "v", "plain", cfg.self_condition)
-    model = LatentTransformer(cfg.d, cfg.width, cfg.depth, classes, d_context, cfg.self_condition > 0)
-    return process.to(device), model.to(device)
+    sizes = cfg.latent_width, cfg.width, cfg.depth, classes, d_context
+    return process.to(device), LatentTransformer(*sizes, cfg.self_condition > 0).to(device)
 
 
 class Writer:
@@ -146,7 +179,7 @@ class Writer:
         self.cfg, self.facts, self.vae, self.mean, self.std = cfg, facts, vae, mean, std
         self.process, self.model = build_denoiser(cfg, facts, vae)
         self.device = vae.fc_mean.weight.device
-        self.encoder, self.decoder = (texts.from_json(*facts[side]) for side in ("encoder", "decoder"))
+        self.encoder, self.decoder = tokenizers(facts)
 
     def write(self, x0: Tensor) -> list[str]:
         """The texts of standardised latents (N, k, d)."""
@@ -157,23 +190,22 @@ class Writer:
         return written
 
     @torch.no_grad()
-    def condition(self, rows: list[texts.Row]):
-        """The denoiser's condition y: labels (N,), or (the encoder's states (N, L, D), mask (N, L))."""
-        if not self.cfg.column:
-            labels = [y if self.cfg.condition == "label" else -1 for _, y, _ in rows]
-            return torch.tensor(labels, device=self.device)
-        ids = texts.encode(self.encoder, [c for _, _, c in rows], self.cfg.max_tokens)
+    def condition(self, given: list):
+        """The denoiser's y: labels (N,), or of texts (the encoder's states (N, L, D), mask (N, L))."""
+        if not self.cfg.reads_text:
+            return torch.tensor(given, device=self.device)
+        ids = texts.encode(self.encoder, given, self.cfg.max_tokens)
         parts = [self.vae.states(part.to(self.device)) for part in ids.split(256)]
         return torch.cat([h.half() for h, _ in parts]), torch.cat([mask for _, mask in parts])
 
-    def sample(self, rows: list[texts.Row]) -> list[str]:
-        """New texts under the conditions of rows; cfg.seed decides the noise."""
-        cfg, y, x0 = self.cfg, self.condition(rows), []
-        guided = cfg.column or cfg.condition == "label" and self.facts["names"]
+    def sample(self, given: list) -> list[str]:
+        """A new text for each label (-1: none) or each text of the condition; cfg.seed decides the noise."""
+        cfg, y, x0 = self.cfg, self.condition(given), []
+        guided = cfg.reads_text or cfg.condition == "label" and self.facts["names"]
         how = dict(sampler=cfg.sampler, steps=cfg.steps, guidance=cfg.guidance if guided else 0.0)
         generator = torch.Generator().manual_seed(cfg.seed)
-        for part in torch.arange(len(rows)).split(cfg.diffusion_batch):  # what fits in training fits here
-            shape, y_part = (len(part), cfg.k, cfg.d), rows_of(y, part.to(self.device))
+        for part in torch.arange(len(given)).split(cfg.diffusion_batch):  # what fits in training fits here
+            shape, y_part = (len(part), cfg.k, cfg.latent_width), rows_of(y, part.to(self.device))
             with autocast(self.device, cfg.precision):
                 x0.append(sample(self.process, self.model, shape, y_part, generator=generator, **how).cpu())
         return self.write(torch.cat(x0))
@@ -190,17 +222,16 @@ def encode_all(vae: TextVAE, ids: Tensor) -> Tensor:
     return torch.cat([vae.encode(part.to(vae.fc_mean.weight.device))[0].cpu() for part in ids.split(256)])
 
 
-def load(path, cfg: Config | None = None) -> Writer:
-    """The writer in a checkpoint of the diffusion (the averaged weights), ready to sample from."""
-    checkpoint = load_checkpoint(path, Config)
-    cfg, facts, extra = cfg or Config(**checkpoint["config"]), checkpoint["facts"], checkpoint["extra"]
-    with reading(path):
+def load(path, device=None, cfg: Config | None = None) -> Writer:
+    """The writer in a checkpoint of the diffusion, with the averaged weights. UserError for that of a VAE."""
+    with open_checkpoint(path, Config) as saved:
+        cfg, facts, extra = cfg or Config(**saved["config"]), saved["facts"], saved["extra"]
         if facts["stage"] != "diffusion":
-            raise UserError(f"{path} is the checkpoint of a VAE: give that of the diffusion beside it")
-        vae = build_vae(cfg, facts, pick_device(), pretrained=False)
+            raise UserError(f"{path} is the checkpoint of a VAE: give that of a diffusion, diffusion/last.pt")
+        vae = build_vae(cfg, facts, pick_device(device))
         vae.load_state_dict(extra["vae"])
         writer = Writer(cfg, facts, vae.eval().requires_grad_(False), extra["mean"], extra["std"])
-        writer.model.load_state_dict(checkpoint["ema"])
+        writer.model.load_state_dict(saved["ema"])
     writer.model.eval()
     return writer
 
@@ -208,91 +239,96 @@ def load(path, cfg: Config | None = None) -> Writer:
 # -- the two stages --------------------------------------------------------------------------------------
 
 
-def train_vae(cfg: Config, facts: dict, train: Tensors, test: Tensors, device: torch.device) -> TextVAE:
+def train_vae(cfg: Config, facts: dict, vae: TextVAE, train: tuple, test: tuple) -> TextVAE:
     """Train the VAE in its folder, or load it where it is finished; the averaged weights."""
-    vae = build_vae(cfg, facts, device, pretrained=True)
-    sizes = dict(max_steps=cfg.vae_steps, batch_size=cfg.vae_batch)
-    run = Run(replace(cfg, out=f"{cfg.out}/vae"), vae, facts, device, free=FREE_IN_VAE, **sizes)
+    device, cfg = vae.fc_mean.weight.device, replace(cfg, out=f"{cfg.out}/vae")
     ids, target = (x.to(device) for x in train)
-    for _, batch in run.steps(len(ids)):
-        with autocast(device, cfg.precision):
-            loss = run.model(ids[batch], target[batch])
-        run.update(loss)
-        if run.due(cfg.sample_every):
-            log(f"  {held_out_nats(run.ema, *test)}")
+    sizes = dict(max_steps=cfg.vae_steps, batch_size=cfg.vae_batch)
+    with Run(cfg, vae, facts, device, free=FREE_IN_VAE, **sizes) as run:
+        for _, batch in run.steps(len(ids)):
+            with autocast(device, cfg.precision):
+                loss = run.model(ids[batch], target[batch])
+            run.update(loss)
+            if run.due(cfg.sample_every):
+                log(f"  {held_out_nats(run.ema, *(x[:128] for x in test))}")
     return run.ema
 
 
 @torch.no_grad()
 def held_out_nats(vae: TextVAE, ids: Tensor, target: Tensor) -> str:
-    """Nats per token of ids and target (N, L), also under latents of other texts.
+    """Nats per token of ids and target (N, L), also given the latents of other texts.
 
     Where these are alike, the decoder ignores the latents (posterior collapse): lower beta or p_max.
     """
-    z, target = encode_all(vae, ids[:128]).to(vae.fc_mean.weight.device), target[:128]
+    z = encode_all(vae, ids).to(vae.fc_mean.weight.device)
     own, others = (vae.cross_entropy(x, target.to(x.device)) for x in (z, z.roll(1, 0)))
-    return f"held-out nats per token: {own:.3f}, under the latents of other texts {others:.3f}"
+    return f"held-out nats per token: {own:.3f}, given the latents of other texts {others:.3f}"
 
 
 def train_diffusion(cfg: Config, facts: dict, vae: TextVAE, train: list, test: list, ids: Tensor) -> None:
     """Train the denoiser, or load it where it is finished, on the latents of ids (N, L), those of `train`."""
-    weights = {name: w.cpu() for name, w in vae.state_dict().items()}
-    digest = hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest()[:12]
+    weights, given = {name: w.cpu() for name, w in vae.state_dict().items()}, conditions(cfg, train)
+    source = [w.numpy().tobytes() for w in weights.values()] + [repr(given).encode()]
+    facts = facts | dict(stage="diffusion", source=hashlib.sha256(b"".join(source)).hexdigest()[:12])
     z = encode_all(vae, ids)
     mean, std = z.mean(0), z.std(0).clamp(min=1e-3)
-    writer = Writer(cfg, facts | dict(stage="diffusion", vae=digest), vae, mean, std)
-    z, y = ((z - mean) / std).to(writer.device), writer.condition(train)
+    writer = Writer(cfg, facts, vae, mean, std)
+    z, y = ((z - mean) / std).to(writer.device), writer.condition(given)
     sizes = dict(max_steps=cfg.diffusion_steps, batch_size=cfg.diffusion_batch)
     extra, cfg = dict(vae=weights, mean=mean, std=std), replace(cfg, out=f"{cfg.out}/diffusion")
-    run = Run(cfg, writer.model, writer.facts, writer.device, extra=extra, **sizes)
-    writer.model = run.ema
-    for step, batch in run.steps(len(z)):
-        y_batch = drop_condition(rows_of(y, batch), cfg.label_drop)
-        with autocast(writer.device, cfg.precision):
-            loss = writer.process.loss(run.model, z[batch], y_batch).mean()
-        run.update(loss)
-        if run.due(cfg.sample_every):
-            save_text(samples(writer, test), run.out / f"samples/{step:06}.txt")
-    if run.due(1):  # once, in the main process
-        save_text(samples(writer, test), run.out / "samples/samples.txt")
-        log(f"more samples: python textgen.py --load {run.out / 'last.pt'} --guidance 0")
-        if cfg.score_n:
-            score(writer, train, test)
+    with Run(cfg, writer.model, facts, writer.device, extra=extra, **sizes) as run:
+        writer.model = run.ema
+        for step, batch in run.steps(len(z)):
+            y_batch = drop_condition(rows_of(y, batch), cfg.label_drop)
+            with autocast(writer.device, cfg.precision):
+                loss = writer.process.loss(run.model, z[batch], y_batch).mean()
+            run.update(loss)
+            if run.due(cfg.sample_every):
+                save_text(sample_lines(writer, test), run.out / f"samples/{step:06}.txt")
+        if run.due(1):  # once, in the main process
+            save_text(sample_lines(writer, test), run.out / "samples/samples.txt")
+            log(f"more samples: python textgen.py --load {run.out / 'last.pt'} --guidance 0")
+            if cfg.score_n:
+                score(writer, train, test)
 
 
 # -- samples and scores ----------------------------------------------------------------------------------
 
 
-def samples(writer: Writer, rows: list[texts.Row]) -> list[str]:
-    """Lines with cfg.n new texts of each class; or given the prompt, or the conditions of the first rows."""
+def conditions(cfg: Config, rows: list[texts.Row]) -> list:
+    """The texts, or the labels, that rows are conditioned on; -1 is none."""
+    return [c if cfg.reads_text else y if cfg.condition == "label" else -1 for _, y, c in rows]
+
+
+def sample_lines(writer: Writer, rows: list[texts.Row]) -> list[str]:
+    """cfg.samples new texts for each class, for the prompt, or for the conditions of the first rows."""
     cfg, names = writer.cfg, writer.facts["names"]
-    if cfg.column:
-        kinds = [("", -1, cfg.prompt)] if cfg.prompt else rows[:3]
-        if not kinds:
-            raise UserError(f"this model writes given a text, {cfg.column}: add a --prompt")
+    if cfg.reads_text:
+        shown = {c: c for c in ([cfg.prompt] if cfg.prompt else conditions(cfg, rows[:3]))}
     else:
-        kinds = [("", i, name) for i, name in enumerate(names)] if cfg.condition == "label" and names else []
-        kinds = kinds or [("", -1, "")]
-    kinds = [kinds[i // cfg.n] for i in range(len(kinds) * cfg.n)]
-    return [f"[{name}] {text}" for (_, _, name), text in zip(kinds, writer.sample(kinds), strict=True)]
+        shown = dict(enumerate(names)) if cfg.condition == "label" and names else {-1: ""}
+    if not shown:
+        raise UserError(f"this model writes given a text ({cfg.condition}): add a --prompt")
+    given = [c for c in shown for _ in range(cfg.samples)]
+    return [f"[{shown[c]}] {text}" for c, text in zip(given, writer.sample(given), strict=True)]
 
 
 def score(writer: Writer, train: list[texts.Row], test: list[texts.Row]) -> None:
-    """Print how held-out texts come back from their latents, and what new texts are like."""
-    cfg, generator = writer.cfg, torch.Generator().manual_seed(writer.cfg.seed)
-    train, test = shuffled(train, generator), shuffled(test, generator)
-    known, held_out = train[: cfg.score_n], test[: cfg.score_n]
-    ids, target = tensors(cfg, writer.encoder, writer.decoder, held_out)
-    copies = writer.write((encode_all(writer.vae, ids) - writer.mean) / writer.std)
-    real = texts.decode(writer.decoder, target)
+    """Log how held-out texts come back from their latents, and what new texts are like."""
+    cfg, n = writer.cfg, writer.cfg.score_n
+    ids, target = tensors(cfg, writer.encoder, writer.decoder, shuffled(test, cfg.seed)[:n])
+    z, real = encode_all(writer.vae, ids), texts.decode(writer.decoder, target)
+    copies = writer.write((z - writer.mean) / writer.std)
     log(f"\nscore of n={len(real)}: BLEU of reconstructions {scores.bleu(copies, real):.1f}")
     log(f"  {held_out_nats(writer.vae, ids, target)}")
-    classify = scores.text_classifier(train) if len(writer.facts["names"]) > 1 else None
-    new = [(text, *row[1:]) for row, text in zip(known, writer.sample(known), strict=True)]
-    for name, rows in dict(samples=new, training=known, held_out=held_out).items():
+    if labelled := len(writer.facts["names"]) > 1:
+        classify = scores.text_classifier(*list(zip(*train, strict=True))[:2])
+    known = shuffled(train, cfg.seed)[:n]
+    new = [(text, *row[1:]) for row, text in zip(known, writer.sample(conditions(cfg, known)), strict=True)]
+    for name, rows in {"samples": new, "training": known, "held out": test[:n]}.items():
         written, labels = [text for text, _, _ in rows], [label for _, label, _ in rows]
         line = f"  {name:9} dist-2 {scores.dist2(written):.3f}"
-        if classify:
+        if labelled:
             line += f"  label {scores.agreement(classify(written), labels):.3f}"
         if cfg.dataset == "grammar":
             ratings = [grammar.rating_of(text) for text in written]
@@ -301,57 +337,84 @@ def score(writer: Writer, train: list[texts.Row], test: list[texts.Row]) -> None
         log(line)
 
 
-def shuffled(rows: list, generator: torch.Generator) -> list:
-    return [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
+def shuffled(rows: list, seed: int) -> list:
+    return [
+        rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    ]
 
 
 # -- main ------------------------------------------------------------------------------------------------
 
 
-def tensors(cfg: Config, encoder, decoder, rows: list[texts.Row]) -> Tensors:
+def check_settings(cfg: Config) -> None:
+    """Raise UserError for settings that do not go together."""
+    if cfg.prompt is not None and not cfg.reads_text:
+        raise UserError(f"--prompt is the text of a condition, but --condition is {cfg.condition}")
+    if cfg.span > 1 and not cfg.k * (cfg.span - 1) < cfg.max_tokens <= cfg.k * cfg.span:
+        raise UserError(f"--k {cfg.k} --span {cfg.span} must just cover --max_tokens {cfg.max_tokens}")
+    if (cfg.encoder == "scratch") != (cfg.decoder == "scratch"):
+        raise UserError("--encoder and --decoder: both scratch, or both pretrained")
+    if cfg.guidance and not cfg.label_drop and cfg.condition != "none":
+        raise UserError("--guidance needs --label_drop above 0 in training: or choose --guidance 0")
+
+
+def load_texts(cfg: Config) -> texts.Texts:
+    tables = dict(train=grammar.rows()) if is_builtin(cfg.dataset, ["grammar"]) else load_tables(cfg.dataset)
+    column = cfg.condition if cfg.reads_text and cfg.condition != "prefix" else None
+    return texts.read_texts(tables, cfg.dataset, cfg.text_column, cfg.label_column, column)
+
+
+def tokenizers(facts: dict) -> list:
+    """Those of encoder and decoder."""
+    return [texts.from_json(*facts[side]) for side in ("encoder", "decoder")]
+
+
+def tensors(cfg: Config, encoder, decoder, rows: list[texts.Row]) -> tuple[Tensor, Tensor]:
     """The encoder's ids and the decoder's targets of rows, (N, max_tokens) each."""
     x = [text for text, _, _ in rows]
     return texts.encode(encoder, x, cfg.max_tokens), texts.encode(decoder, x, cfg.max_tokens, end=True)
 
 
-def load_texts(cfg: Config) -> texts.Texts:
-    tables = dict(train=grammar.rows()) if cfg.dataset == "grammar" else load_tables(cfg.dataset)
-    return texts.read_texts(tables, cfg.dataset, cfg.text_column, cfg.label_column, cfg.column)
-
-
 def pieces(cfg: Config, encoder, decoder, data: texts.Texts) -> tuple[list[texts.Row], list[texts.Row]]:
     """The training and the held-out texts, cut to cfg.max_tokens; pieces of training texts overlap."""
-    fits = texts.fits(encoder, decoder, cfg.max_tokens)
-    train, test = texts.cut_rows(data.train, fits, overlap=not cfg.column), texts.cut_rows(data.test, fits)
-    log(f"{cfg.dataset}: {len(train)} training and {len(test)} test pieces, classes {data.names}")
+    fits, prefix = texts.fits(encoder, decoder, cfg.max_tokens), cfg.condition == "prefix"
+    train = texts.cut_rows(data.train, fits, overlap=not cfg.reads_text, prefix=prefix)
+    test = texts.cut_rows(data.test, fits, prefix=prefix)
+    if not train or not test:
+        raise UserError(f"{cfg.dataset}: too few texts are longer than --max_tokens {cfg.max_tokens}")
+    log(f"{cfg.dataset}: {data.columns}; {len(train)} training and {len(test)} test pieces")
     return train, test
 
 
 def train(cfg: Config) -> None:
     """Train both stages."""
-    if cfg.span > 1 and not cfg.k * (cfg.span - 1) < cfg.max_tokens <= cfg.k * cfg.span:
-        raise UserError(f"--k {cfg.k} --span {cfg.span} must just cover --max_tokens {cfg.max_tokens}")
-    if (cfg.encoder == "scratch") != (cfg.decoder == "scratch"):
-        raise UserError("--encoder and --decoder: both scratch, or both pretrained")
-    data = load_texts(cfg)
-    if cfg.encoder == "scratch":
-        encoder = decoder = texts.train_tokenizer([text for text, _, _ in data.train], cfg.vocab)
-    else:
-        encoder, decoder = map(texts.pretrained_tokenizer, (cfg.encoder, cfg.decoder))
+    data, path = load_texts(cfg), Path(cfg.out, "vae/last.pt")
     facts = dict(stage="vae", names=data.names, checksum=data.checksum())
-    facts |= dict(encoder=texts.to_json(encoder), decoder=texts.to_json(decoder))
-    known, held_out = pieces(cfg, encoder, decoder, data)
-    ids, target = tensors(cfg, encoder, decoder, known)
-    vae = train_vae(cfg, facts, (ids, target), tensors(cfg, encoder, decoder, held_out), pick_device())
-    train_diffusion(cfg, facts, vae, known, held_out, ids)
+    if path.exists():  # newer libraries may write tokenizers and configurations differently
+        with open_checkpoint(path, Config) as saved:
+            facts = saved["facts"] | facts
+    elif cfg.encoder == "scratch":
+        tokenizer = texts.train_tokenizer([text for text, _, _ in data.train], cfg.vocab)
+        facts |= dict.fromkeys(("encoder", "decoder"), texts.to_json(tokenizer))
+    else:
+        for side, name in dict(encoder=cfg.encoder, decoder=cfg.decoder).items():
+            facts[side] = texts.to_json(texts.pretrained_tokenizer(name))
+    both = tokenizers(facts)
+    known, held_out = pieces(cfg, *both, data)
+    vae = build_vae(cfg, facts, pick_device())
+    configs = [part.config.to_json_string(use_diff=False) for part in (vae.encoder, vae.decoder)]
+    facts, inputs = dict(backbones=configs) | facts, tensors(cfg, *both, known)
+    vae = train_vae(cfg, facts, vae, inputs, tensors(cfg, *both, held_out))
+    train_diffusion(cfg, facts, vae, known, held_out, inputs[0])
 
 
 def main(cfg: Config) -> None:
+    check_settings(cfg)
     if not cfg.load:
-        return train(replace(cfg, out=cfg.out.replace("{dataset}", Path(cfg.dataset).stem)))
-    writer = load(cfg.load, cfg)
+        return train(resolve_out(cfg))
+    writer = load(cfg.load, cfg=cfg)
     tag = f"{cfg.sampler}_{cfg.steps}_guidance{cfg.guidance:g}_seed{cfg.seed}"
-    save_text(samples(writer, []), Path(cfg.load).parent / f"samples/{tag}.txt")
+    save_text(sample_lines(writer, []), Path(cfg.load).expanduser().parent / f"samples/{tag}.txt")
     if cfg.score_n:
         data = load_texts(cfg)
         if data.checksum() != writer.facts["checksum"]:
