@@ -1,6 +1,9 @@
 """The autoregressive models beside ours: GPT-2s that read a class or a question, and a GPT of windows."""
 
+from types import SimpleNamespace
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -72,29 +75,34 @@ def mean_nats(model: LabelGPT, y: Tensor, target: Tensor) -> float:
 
 
 class WindowGPT(nn.Module):
-    """A GPT-NeoX of transformers that writes windows of ids, with rotary positions; id V begins them."""
+    """A GPT-NeoX of transformers as a denoiser of windows in blocks of 1: so tokengen.py trains and runs it.
 
-    def __init__(self, V: int, D: int, depth: int, window: int):
+    It sees only the clean tokens before each, id V before the first; its positions are rotary, like ours.
+    """
+
+    def __init__(self, V: int, window: int, D: int, depth: int):
         super().__init__()
-        self.V, size = V, dict(vocab_size=V + 1, max_position_embeddings=window + 1)
-        size |= dict(hidden_size=D, intermediate_size=4 * D, num_hidden_layers=depth, num_attention_heads=4)
-        # As in GPT-2 and ours: all of a head is turned, and the MLP comes after the attention.
+        self.mask_id, self.layout = V, Layout([0] + [1] * window)
+        self.layout_block_ids = self.layout.block_ids
+        size = dict(vocab_size=V + 1, max_position_embeddings=window + 1, num_attention_heads=4)
+        size |= dict(hidden_size=D, intermediate_size=4 * D, num_hidden_layers=depth)
+        # As in GPT-2 and ours: all of a head is rotated, and the MLP comes after the attention.
         like = dict(rotary_pct=1.0, use_parallel_residual=False, hidden_act="gelu", tie_word_embeddings=False)
-        ends = dict(bos_token_id=V, eos_token_id=None, pad_token_id=None)
         like |= dict(attn_implementation="sdpa" if torch.cuda.is_available() else "eager")
+        ends = dict(bos_token_id=V, eos_token_id=None, pad_token_id=None)
         self.gpt = GPTNeoXForCausalLM(GPTNeoXConfig(**size, **like, **ends))
 
-    def forward(self, x0: Tensor) -> Tensor:
-        """Nats (B, W) of each token of windows x0 (B, W)."""
-        begin = torch.full_like(x0[:, :1], self.V)
-        logits = self.gpt(torch.cat([begin, x0[:, :-1]], dim=1)).logits.float()
-        return nn.functional.cross_entropy(logits.movedim(-1, 1), x0, reduction="none")
+    @property
+    def transformer(self):
+        """Where tokengen.py finds the matrices for Muon."""
+        return SimpleNamespace(blocks=self.gpt.gpt_neox.layers)
 
-    @torch.no_grad()
-    def write(self, n: int, length: int, temperature: float, prompt=()) -> Tensor:
-        """Ids (n, length) of texts that begin with the ids of a prompt, by transformers' cached sampling."""
-        begin, new = torch.tensor([[self.V, *prompt]], device=self.gpt.device), length - len(prompt)
-        begin = begin.expand(n, -1)
-        how = dict(do_sample=temperature > 0, temperature=temperature or None, top_k=0, min_new_tokens=new)
-        how |= dict(max_new_tokens=new, attention_mask=torch.ones_like(begin))
-        return self.gpt.generate(begin, **how)[:, 1:]
+    def forward(self, xt: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Logits (B, k, V + 1) given the clean tokens y (B, k - 1)."""
+        return self.gpt(F.pad(y, (1, 0), value=self.mask_id)).logits
+
+    def denoise(self, xt: Tensor, clean: Tensor, position_ids, attention_mask=None, kv_cache=None):
+        """Logits (B, 1, V) of xt (B, 1) after the cached ids and clean ids (B, m), and the cache of both."""
+        clean = clean if kv_cache else F.pad(clean, (1, 0), value=self.mask_id)
+        out = self.gpt(clean, past_key_values=kv_cache, use_cache=True)
+        return out.logits[:, -1:, : self.mask_id], out.past_key_values

@@ -1,47 +1,40 @@
-"""Chains of thought and puzzles: ours beside GPT-2's, and what thinking again can mend.
+"""Chains of thought and puzzles: ours beside GPT-2, more measures of a run, and what thinking again can fix.
 
-python -m bench.reason                        ours, multi- and single-pass; GPT-2 with its chain and without
-python -m bench.reason --dataset sudoku       the same on another task; --run.NAME is the flag of reason.py
-python -m bench.reason --correct --run.remask 0.3     one thought is spoilt: is the answer right all the same?
+    python -m bench.reason                      ours, multi- and single-pass; GPT-2 with its chain and without
+    python -m bench.reason --dataset sudoku     the same on another task; --run.NAME is the flag of reason.py
+    python -m bench.reason --dataset sudoku --load out/sudoku/last.pt --tries 32     by evaluations and order
+    python -m bench.reason --correct            a thought is spoilt: do rounds of remasking save the answer?
 
 All networks are as wide and as deep as each other, and see the same problems for the same seconds. GPT-2
 writes by transformers' `generate`, with its cache; a puzzle's cells it reads and writes row after row.
+Remasking (ReMDM) 2503.00307.
 """
 
-import csv
-import dataclasses
-import functools
 import random
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-import metrics
 import reason
 from bench.gpt import QuestionGPT
+from bench.runs import FOREVER, TimedRun, draw, millions, print_table, run_bench, saved_by, timed
+from bench.timing import best_rate
 from blocks import Layout
-from files import UserError, figure, load_checkpoint, load_weights, say, show
-from tasks import END, TASKS, Problems, Tokens, load_problems
-from training import (
-    Run,
-    autocast,
-    finished,
-    matrices_of,
-    need,
-    pick_device,
-    run_name,
-    run_script,
-    same_settings,
-)
+from common.run import UserError, autocast, check_range, log, pick_device, resolve_out
+from diffusion import uniform
+from tasks.load import load_problems
+from tasks.problems import END, MARK, Problems, decode
 from vae import small_gpt
 
-FOREVER = 10**6  # optimizer steps of a run that its seconds end
 ROUNDS = 4  # of remasking, after a chain with a spoilt thought has come to its end
+Ask = Callable[[list[str]], list[list[str]]]  # from questions to chains
 
 
 @dataclass(frozen=True)
@@ -52,281 +45,352 @@ class Config:
     seconds: float = 300.0  # training seconds of each
     ways: tuple[Literal["multi", "single", "chain", "answer"], ...] = ("multi", "single", "chain", "answer")
     evaluations: tuple[int, ...] = (1, 8)  # of ours, for each thought
-    correct: bool = False  # the experiment on self-correction instead, after run.max_steps of training
+    tries: int = 1  # of each problem, until the rules accept an answer
+    score_n: int = 500  # test problems of a score
+    every: int = 50  # steps between points of the learning curves
+    load: str | None = None  # measure this checkpoint of reason.py instead
+    remask: tuple[float, ...] = (
+        0.3,
+    )  # shares of the tokens that are masked again: --correct; load: of a puzzle
+    correct: bool = False  # the study of self-correction instead, after run.max_steps of training
     out: str = "out/bench/{dataset}"  # folder of all runs; one that is finished there is loaded
     run: reason.Config = field(default_factory=reason.Config)
 
     @staticmethod
-    def recipe(given) -> dict:
-        """The defaults that a data set has in place of those above."""
-        run = dict(dataset=given.dataset, sample_every=50, log_every=10) | reason.Config.recipe(given)
-        if given.dataset != "sudoku":
-            return dict(run=reason.Config(**run))
-        return dict(ways=("multi", "chain"), evaluations=(8, 81), run=reason.Config(**run, tries=16))
+    def default(given: "Config") -> "Config":
+        recipe = dict(dataset=given.dataset) | reason.Config.RECIPES.get(given.dataset, {})
+        settings = dict(run=reason.Config(**recipe))
+        if given.dataset == "sudoku":
+            settings |= dict(ways=("multi", "chain"), evaluations=(8, 81), tries=16, remask=(0.5, 0.25))
+        return Config(**settings)
 
     def __post_init__(self):
-        need(self, "seconds", 0.1)
+        check_range(self, "seconds", 0.1)
+        check_range(self, "tries score_n every", 1)
 
 
-def in_folder(cfg: Config, name: str) -> reason.Config:
-    """The settings of the run of that name; where it has begun, it is gone on with."""
-    folder = Path(cfg.out) / name
-    return dataclasses.replace(cfg.run, out=str(folder), resume=(folder / "last.pt").exists())
+def in_folder(cfg: Config, name: str, **settings) -> reason.Config:
+    """The settings of the run of that name, which is gone on with where it has begun."""
+    settings = dict(max_steps=FOREVER, sample_every=FOREVER, score_n=0) | settings
+    return replace(cfg.run, dataset=cfg.dataset, out=f"{cfg.out}/{name}", resume=True, **settings)
 
 
-def seconds_of(cfg, facts: dict) -> float:
-    """The training seconds of the run in cfg.out, 0 for none. Raises UserError for other settings or data."""
-    path = Path(cfg.out) / "last.pt"
-    if not path.exists():
-        return 0.0
-    checkpoint = load_checkpoint(path, cfg.kind)
-    same_settings(cfg, checkpoint["config"], path, "keep it, or choose another --out")
-    if checkpoint["facts"]["checksum"] != facts["checksum"]:
-        raise UserError(f"{path} was trained on other data than {cfg.dataset} is: choose another --out")
-    return checkpoint["seconds"]
+def right_of(ask: Ask, problems: Problems, n: int) -> list[bool]:
+    """Which of the first n test problems are right."""
+    questions = [question for question, _ in problems.test[:n]]
+    return list(map(problems.check, questions, ask(questions)))
 
 
-# -- GPT-2 -------------------------------------------------------------------------------------------------
+def share(values: list[bool]) -> float:
+    return sum(values) / max(1, len(values))
 
 
-@dataclass
-class Writing:
-    """How GPT-2 writes a chain: thought after thought, then its end token, the last of its vocabulary.
+# -- thinking again --------------------------------------------------------------------------------------
 
-    widths: of the thoughts, where they never differ; else None, and each thought ends in END.
+
+@torch.no_grad()
+def doubt(model, question: Tensor, x: Tensor, generator=None) -> Tensor:
+    """How unsure (B, k) the model is of tokens x (B, k): 1 - p of each, given half of its block's others.
+
+    Two evaluations, since each half of the tokens is masked once; blocks stand on those before as they are.
+    """
+    half = uniform(x, generator) < 0.5
+    clean = torch.cat([question, x], dim=1)[:, : model.layout.c]
+    doubts = torch.empty(x.shape, device=x.device)
+    for hidden in (half, ~half):
+        logits = model(x.masked_fill(hidden, model.mask_id), hidden.float().mean(1), clean).float()
+        p = logits.softmax(-1).gather(-1, x[..., None])[..., 0]
+        doubts = torch.where(hidden, 1 - p, doubts)
+    return doubts
+
+
+def remasked(cfg: reason.Config, model, ids: Tensor, x: Tensor, remask: float) -> Tensor:
+    """Ids (B, q + k) to think on from: the answers x (B, k) to the questions ids (B, q + k), partly masked.
+
+    Masked is the share `remask` of the tokens that were to be found, those of which the model is the least
+    sure. ReMDM.
+    """
+    q, given = ids[:, : model.layout.q], ids[:, model.layout.q :] != model.mask_id
+    with autocast(ids.device, cfg.precision):
+        doubts = doubt(model, q, x, torch.Generator().manual_seed(cfg.seed)).masked_fill(given, -1.0)
+    most = (remask * (~given).sum(1, keepdim=True)).ceil()
+    rank = doubts.argsort(1, descending=True).argsort(1)
+    return torch.cat([q, x.masked_fill(rank < most, model.mask_id)], dim=1)
+
+
+def think_on(cfg: reason.Config, model, ids: Tensor) -> tuple[Tensor, int]:
+    """Ids (B, k) at the end of thinking from ids (B, q + k), and the evaluations of all B together."""
+    masked = (ids[:, model.layout.q :] == model.mask_id).split(model.layout.widths, dim=1)
+    *_, xt = reason.think(cfg, model, ids)
+    return xt, sum(int(block.sum(1).clamp(max=cfg.steps).sum()) for block in masked)
+
+
+def tries(cfg: reason.Config, facts: dict, model, questions: list[str], check, remask=1.0):
+    """Yield (evaluations per question so far, chains, which of them are right) after each of cfg.tries.
+
+    What the check refuses is tried again at cfg.try_temperature: from the beginning, or `remasked`.
+    """
+    ids = reason.ask(facts, questions).to(next(model.parameters()).device)
+    x, right, spent = ids[:, model.layout.q :].clone(), torch.zeros(len(ids), dtype=torch.bool), 0
+    for i in range(cfg.tries):
+        how = replace(cfg, seed=cfg.seed + i, temperature=cfg.try_temperature if i else cfg.temperature)
+        for part in (~right).nonzero()[:, 0].split(1000):
+            start = ids[part]
+            if i and remask < 1:
+                start = remasked(how, model, start, x[part], remask)
+                spent += 2 * len(part)  # in which the model doubts each token
+            x[part], cost = think_on(how, model, start)
+            spent += cost
+        chains = decode(facts, x)
+        right = torch.tensor(list(map(check, questions, chains)))
+        yield spent / len(ids), chains, right.tolist()
+
+
+# -- a finished run --------------------------------------------------------------------------------------
+
+
+def measure(cfg: Config, problems: Problems, device: torch.device) -> None:
+    """Print the table of a checkpoint: of puzzles by order and tries, of chains by evaluations with rates."""
+    model, facts = reason.load(cfg.load, device)
+    if facts != problems.facts:
+        raise UserError(f"{cfg.load} was trained on other problems than {cfg.dataset}")
+    saved = saved_by(reason.Config, cfg.load)
+    run = reason.Config(**saved["config"] | dict(tries=cfg.tries))
+    log(f"{cfg.load}: {millions(model)} M parameters, trained {saved['seconds']:.0f} s")
+    (puzzle_table if problems.axes else chain_table)(cfg, run, facts, model, problems)
+
+
+def chain_table(cfg: Config, run: reason.Config, facts: dict, model, problems: Problems) -> None:
+    rows = []
+    for steps in (1, 2, 4, 8, 16, 32, 64):
+        ask = partial(reason.answer, replace(run, steps=steps), facts, model)
+        row = {"evaluations a thought": steps, "right": f"{share(right_of(ask, problems, cfg.score_n)):.3f}"}
+        rows.append(row | (rates(ask, problems, cfg.score_n) if steps <= 8 else {}))
+    print_table(rows)
+    questions = [question for question, _ in problems.test[: cfg.score_n]]
+    for i, (spent, _, right) in enumerate(tries(run, facts, model, questions, problems.check), 1):
+        if i & (i - 1) == 0:  # powers of two
+            log(f"{i} tries, {spent:.3g} evaluations a problem: {share(right):.3f} right")
+
+
+def puzzle_table(cfg: Config, run: reason.Config, facts: dict, model, problems: Problems) -> None:
+    """Also draws what is solved of the hardest kind of puzzles, over evaluations, as tries.png."""
+    questions, rows, curves = [question for question, _ in problems.test[: cfg.score_n]], [], {}
+    kinds = kinds_of(problems, cfg.score_n)
+
+    def add(name: str, how: reason.Config, remask=1.0) -> None:
+        for i, (spent, _, right) in enumerate(tries(how, facts, model, questions, problems.check, remask), 1):
+            shares = {kind: share([right[i] for i in group]) for kind, group in kinds.items()}
+            curves.setdefault(name, []).append((spent, min(shares.values())))
+            if i & (i - 1) == 0:
+                row = {"order": name, "tries": i, "evaluations": f"{spent:.3g}"}
+                rows.append(row | {kind: f"{value:.3f}" for kind, value in shares.items()})
+
+    for order in ("confident", "random"):
+        for steps in (1, 2, 4, 8, 16, 32, 81):
+            add(f"{order}, one pass", replace(run, order=order, steps=steps, tries=1))
+    add("fresh tries", run)
+    for remask in cfg.remask:
+        add(f"the {remask:.0%} least sure masked again", run, remask)
+    print_table(rows)
+    labels = dict(xlabel="evaluations of the denoiser for each puzzle", ylabel="solved, of the hardest kind")
+    draw(Path(cfg.out) / "tries.png", curves, ylim=(0, 1.02), **labels)
+
+
+def kinds_of(problems: Problems, n: int) -> dict[str, list[int]]:
+    """The test problems of each column of a table: puzzles by their number of clues."""
+    kinds = {}
+    for i, (question, _) in enumerate(problems.test[:n]):
+        kinds.setdefault(problems.kind(question) if problems.kind else "right", []).append(i)
+    return {f"{kind}, n={len(group)}": group for kind, group in sorted(kinds.items())}
+
+
+def rates(ask: Ask, problems: Problems, n: int) -> dict[str, str]:
+    """Problems a second in batches of several sizes."""
+    questions, cells = [question for question, _ in problems.test[:n]], {}
+    for size in sorted({1, min(8, n), min(64, n), n}):
+        few = questions[: max(size, 8)]
+        parts = [few[i : i + size] for i in range(0, len(few), size)]
+        cells[f"problems/s, batch {size}"] = (
+            f"{best_rate(lambda parts=parts: list(map(ask, parts)), len(few)):.3g}"
+        )
+    return cells
+
+
+# -- GPT-2 -----------------------------------------------------------------------------------------------
+
+
+class Writer:
+    """A GPT-2 that writes the chains of questions: thought after thought, then its end token, id V.
+
+    Each thought ends in END, unless no thought ever needs padding. A puzzle is read as it stands, with the
+    end token at open cells.
     """
 
-    tokens: Tokens
-    widths: list[int] | None
+    def __init__(self, cfg: reason.Config, facts: dict, problems: Problems):
+        self.facts, self.V, self.precision = facts, len(facts["alphabet"]) + 1, cfg.precision
+        chains = [thoughts for _, thoughts in problems.train]
+        self.fixed = all(list(map(len, map(self.plain, chain))) == facts["widths"][1:] for chain in chains)
+        self.target = self.encode(chains)  # (N, L)
+        self.questions = self.ask([question for question, _ in problems.train])  # (N, q)
+        axes = facts["axes"]
+        layout = Layout([0, len(axes), len(axes), 1], axes + axes + axes[:1]) if axes else None
+        longest = self.questions.shape[1] + self.target.shape[1] + 1
+        torch.manual_seed(cfg.seed)
+        self.model = QuestionGPT(small_gpt(self.V + 1, cfg.width, cfg.depth, longest), layout)
+
+    @staticmethod
+    def plain(thought: str) -> str:
+        return thought.replace("####", MARK)
+
+    def ask(self, questions: list[str]) -> Tensor:
+        """Ids (N, q) of questions."""
+        return reason.ask(self.facts, questions)[:, : self.facts["widths"][0] or None]
 
     def encode(self, chains: list[list[str]]) -> Tensor:
         """Targets (N, L), filled up with -100."""
-        rows, end = [], [] if self.widths else [END]
+        number = {c: i for i, c in enumerate(self.facts["alphabet"], 1)}
+        end, rows = [] if self.fixed else [END], []
         for chain in chains:
-            ids = sum([self.tokens.ids(thought) + end for thought in chain], [])
-            rows.append(torch.tensor([*ids, self.tokens.V]))
+            ids = sum([[number[c] for c in self.plain(thought)] + end for thought in chain], [])
+            rows.append(torch.tensor([*ids, self.V]))
         return pad_sequence(rows, batch_first=True, padding_value=-100)
 
     def decode(self, row: list[int]) -> list[str]:
-        """The thoughts in the ids of one chain."""
-        row = row[: row.index(self.tokens.V)] if self.tokens.V in row else row
-        if self.widths:
-            left = iter(row)
-            parts = [list(islice(left, width)) for width in self.widths]
-        else:
-            ends = [-1, *(i for i, token in enumerate(row) if token == END), len(row)]
-            parts = [row[a + 1 : b] for a, b in zip(ends, ends[1:], strict=False)]
-        return reason.until_answer([self.tokens.text(part) for part in parts if part])
+        """The thoughts in the ids of one chain, up to its answer."""
+        row = row[: row.index(self.V)] if self.V in row else row
+        text = "".join(("\0" + self.facts["alphabet"])[i] for i in row)
+        letters = iter(text)
+        parts = text.split("\0")
+        if self.fixed:
+            parts = ["".join(islice(letters, width)) for width in self.facts["widths"][1:]]
+        chain = [part.replace(MARK, "####") for part in parts if part]
+        ends = [i for i, thought in enumerate(chain, 1) if thought.startswith("####")]
+        return chain[: ends[0]] if ends else chain
 
-
-@dataclass
-class Writer:
-    """A GPT-2 and how it writes the chains of questions, of which it reads the first q ids (None: all)."""
-
-    model: QuestionGPT
-    writing: Writing
-    q: int | None
-    longest: int
-    precision: str
-
-    def chains(self, ids: Tensor, top_p: float = 0.0) -> list[list[str]]:
-        """Chains of questions with ids (N, q + k), 1,000 at a time; greedy ones, or drawn."""
-        rows = []
-        for part in ids[:, : self.q].split(1000):
+    def chains(self, questions: list[str], model=None, top_p: float = 0.0) -> list[list[str]]:
+        """The chains of questions, 1,000 at a time; greedy ones, or drawn."""
+        model, rows = model or self.model, []
+        for part in self.ask(questions).to(next(model.parameters()).device).split(1000):
             with autocast(part.device, self.precision):
-                rows += self.model.generate(self.model.read(part), self.longest, top_p).tolist()
-        return [self.writing.decode(row) for row in rows]
+                rows += model.write(part, self.target.shape[1], top_p).tolist()
+        return [self.decode(row) for row in rows]
+
+    def try_again(self, questions: list[str], check, n: int) -> list[list[str]]:
+        """Greedy chains; those that the check refuses are drawn anew, at most n - 1 times."""
+        chains = self.chains(questions)
+        for i in range(1, n):
+            pairs = enumerate(zip(questions, chains, strict=True))
+            left = [j for j, (question, chain) in pairs if not check(question, chain)]
+            torch.manual_seed(i)
+            if left:
+                again = self.chains([questions[j] for j in left], top_p=1.0)
+            for j, chain in zip(left, again if left else [], strict=True):
+                chains[j] = chain
+        return chains
 
 
-def new_writer(cfg: reason.Config, facts: dict, problems: Problems) -> tuple[Writer, Tensor, Tensor]:
-    """A GPT-2 with random weights, and the questions (N, q) and targets (N, L) to train it on.
+def train_gpt(cfg: Config, run: reason.Config, problems: Problems, device) -> tuple[Writer, list]:
+    """A GPT-2 trained in run.out for cfg.seconds, and its learning curve."""
+    facts = problems.facts
+    writer = Writer(run, facts, problems)
+    model = writer.model.to(device)
+    q, target = writer.questions.to(device), writer.target.to(device)
+    muon = [p for name, p in model.decoder.transformer.h.named_parameters() if p.dim() == 2]
 
-    A puzzle is read as it stands, "." as the end token, which the answer then ends with too.
-    """
-    tokens, (q, *slots) = Tokens(facts["alphabet"]), facts["widths"]
-    questions = reason.asked(facts, problems.question)[:, : q or None]
-    fixed = (reason.encode(facts, problems.question, problems.thoughts)[:, q:] != END).all()
-    writing = Writing(tokens, slots if fixed else None)
-    target = writing.encode(problems.thoughts)
-    axes = facts["axes"]
-    layout = Layout([0, len(axes), len(axes), 1], axes + axes + axes[:1]) if axes else None
-    torch.manual_seed(cfg.seed)
-    longest = questions.shape[1] + target.shape[1] + 1
-    model = QuestionGPT(small_gpt(tokens.V + 1, cfg.width, cfg.depth, longest), layout)
-    return Writer(model, writing, q or None, target.shape[1], cfg.precision), questions, target
+    def score(ema) -> float:
+        return share(right_of(partial(writer.chains, model=ema), problems, 200))
 
-
-def train_gpt(cfg: reason.Config, facts: dict, problems: Problems, device, seconds: float) -> Writer:
-    """The GPT-2 in cfg.out, trained for so many seconds, or loaded where it has been."""
-    writer, q, target = new_writer(cfg, facts, problems)
-    writer.model.to(device)
-    if seconds_of(cfg, facts) >= seconds:
-        load_weights(writer.model, load_checkpoint(f"{cfg.out}/last.pt", cfg.kind)["ema"], cfg.out)
-        writer.model.eval()
-        return writer
-    q, target = q.to(device), target.to(device)
-    questions, truth = problems.question_test[:200], problems.thoughts_test[:200]
-    ids_test = reason.asked(facts, questions).to(device)
-    matrices = matrices_of(writer.model.decoder.transformer.h)
-    run = Run(
-        cfg,
-        writer.model,
-        device,
-        facts,
-        cfg.out,
-        FOREVER,
-        cfg.batch_size,
-        matrices=matrices,
-        cooldown=cfg.cooldown,
-    )
-
-    def look(step: int) -> None:
-        took = run.took()
-        with run.pause():
-            chains = dataclasses.replace(writer, model=run.ema.module).chains(ids_test)
-            reason.note(run, step, took, metrics.score_chains(chains, questions, truth, problems.check))
-
-    for _, batch in run.steps(len(q), seconds):
-        if run.due(cfg.sample_every):
-            look(run.step - 1)
-        asked, wanted = q[batch], target[batch]
-        if problems.is_puzzle:
-            grid, end = wanted.split([asked.shape[1], 1], dim=1)
-            grid, known = reason.turned(cfg, problems, grid, asked != end)
-            asked, wanted = grid.where(known, end), torch.cat([grid, end], dim=1)
-        with autocast(device, cfg.precision):
-            loss = run.model(asked, wanted)
-        run.update(loss)
-    look(run.step)
-    return dataclasses.replace(writer, model=run.ema.module.eval())
+    with TimedRun(
+        run, model, facts, device, muon=muon, limit=cfg.seconds, score=score, every=cfg.every
+    ) as timed:
+        for _, batch in timed.steps(len(q)):
+            asked, wanted = q[batch], target[batch]
+            if problems.symmetry:  # as ours: any symmetry of a grid, with any of its cells open
+                asked, (low, high) = problems.symmetry(asked), run.masks
+                wanted = torch.cat([asked, wanted[:, -1:]], dim=1)
+                u = low + (high - low) * torch.rand(len(asked), 1, device=device)
+                asked = asked.masked_fill(torch.rand(asked.shape, device=device) < u, writer.V)
+            with autocast(device, run.precision):
+                loss = timed.model(asked, wanted)
+            timed.update(loss)
+        writer.model = timed.ema
+        return writer, timed.curve
 
 
-# -- the comparison ----------------------------------------------------------------------------------------
+# -- the comparison --------------------------------------------------------------------------------------
 
 
 @dataclass
 class Way:
-    """A trained network beside the others, and the problems as it knows them."""
+    """A trained network beside the others, the problems as it knows them, and its curve while it trained."""
 
     name: str
-    folder: Path
-    model: torch.nn.Module
-    facts: dict
+    model: nn.Module
     problems: Problems
-    ask: dict  # from ids (N, q + k) to chains, in a few ways that have names
+    curve: list[tuple[int, float, float]]
+    ask: dict[str, Ask]  # a few ways to ask it, by their names in the table
 
 
 def answers_only(problems: Problems) -> Problems:
     """The problems with no thought but the answer."""
-    last, last_test = ([chain[-1:] for chain in part] for part in (problems.thoughts, problems.thoughts_test))
-    return dataclasses.replace(problems, thoughts=last, thoughts_test=last_test)
+    train, test = ([(q, chain[-1:]) for q, chain in part] for part in (problems.train, problems.test))
+    return replace(problems, train=train, test=test)
 
 
-def ours(cfg: Config, passes: str, facts: dict, problems: Problems, device) -> Way:
-    run = dataclasses.replace(in_folder(cfg, passes), passes=passes)
-    if seconds_of(run, facts) < cfg.seconds:
-        reason.train(dataclasses.replace(run, max_steps=FOREVER), facts, problems, device, cfg.seconds)
-    model = reason.load_model(run, Path(run.out) / "last.pt", device)[0]
+def ours(cfg: Config, passes: str, problems: Problems, device: torch.device) -> Way:
+    run = in_folder(cfg, passes, passes=passes)
+
+    def score(model) -> float:
+        return share(right_of(partial(reason.answer, run, problems.facts, model), problems, 200))
+
+    with timed(reason, limit=cfg.seconds, score=score, every=cfg.every):
+        reason.train(run, problems, device)
+    path = f"{run.out}/last.pt"
+    model, facts = reason.load(path, device)
     ask = {}
     for steps in cfg.evaluations:
-        asked = dataclasses.replace(run, steps=steps)
-        ask[str(steps)] = functools.partial(reason.chains_of, asked, facts, model, seed=run.seed)
-    if run.tries > 1 and problems.check:
-        ask[f"{run.tries} tries"] = functools.partial(last_try, run, facts, model, problems)
-    return Way(f"ours, {passes}-pass", Path(run.out), model, facts, problems, ask)
+        ask[str(steps)] = partial(reason.answer, replace(run, steps=steps), facts, model)
+    if cfg.tries > 1:
+        again = partial(tries, replace(run, tries=cfg.tries), facts, model, check=problems.check)
+        ask[f"{cfg.tries} tries"] = lambda questions: list(again(questions))[-1][1]
+    curve = saved_by(reason.Config, path)["extra"]["curve"]
+    return Way(f"ours, {passes}-pass", model, problems, curve, ask)
 
 
-def last_try(run: reason.Config, facts: dict, model, problems: Problems, ids: Tensor) -> list[list[str]]:
-    *_, (_, chains, _) = reason.tries(
-        run, facts, model, ids, problems.question_test[: len(ids)], problems.check
-    )
-    return chains
-
-
-def theirs(cfg: Config, name: str, facts: dict, problems: Problems, device) -> Way:
-    run = in_folder(cfg, name)
-    writer = train_gpt(run, facts, problems, device, cfg.seconds)
+def theirs(cfg: Config, name: str, problems: Problems, device: torch.device) -> Way:
+    problems = answers_only(problems) if name == "answer" else problems
+    writer, curve = train_gpt(cfg, in_folder(cfg, name), problems, device)
     ask = {"a token at a time": writer.chains}
-    if run.tries > 1 and problems.check:
-        ask[f"{run.tries} tries"] = functools.partial(write_again, writer, problems, run.tries)
-    return Way(f"GPT-2, {name}", Path(run.out), writer.model, facts, problems, ask)
+    if cfg.tries > 1:
+        ask[f"{cfg.tries} tries"] = partial(writer.try_again, check=problems.check, n=cfg.tries)
+    return Way(f"GPT-2, {name}", writer.model, problems, curve, ask)
 
 
-def write_again(writer: Writer, problems: Problems, n: int, ids: Tensor) -> list[list[str]]:
-    """Greedy chains; those that do not pass the check are drawn anew, from all of the distribution."""
-    chains = writer.chains(ids)
-    for i in range(1, n):
-        right = [
-            metrics.is_right(chain, question, None, problems.check)
-            for chain, question in zip(chains, problems.question_test, strict=False)
-        ]
-        left = [at for at, passed in enumerate(right) if not passed]
-        if not left:
-            break
-        torch.manual_seed(i)
-        for at, chain in zip(left, writer.chains(ids[left], top_p=1.0), strict=True):
-            chains[at] = chain
-    return chains
-
-
-def groups_of(problems: Problems, n: int) -> dict[str, list[int]]:
-    """The test problems that a column of the table is about: puzzles by their number of clues."""
-    groups = {}
-    for i, question in enumerate(problems.question_test[:n]):
-        groups.setdefault(problems.task.kind(question) if problems.is_puzzle else "right", []).append(i)
-    return dict(sorted(groups.items()))
-
-
-def table_rows(way: Way, n: int, device) -> tuple[list[str], str]:
-    """The rows of a way in the table, and the problems a second of its fastest sampling."""
-    ids, rows = reason.asked(way.facts, way.problems.question_test[:n]).to(device), []
-    groups, log = groups_of(way.problems, n).values(), read_eval(way.folder)
-    learned = [f"{seconds:.0f}" for _, seconds, answer in log if answer >= 0.9]
-    size = f"{sum(p.numel() for p in way.model.parameters()) / 1e6:.2f}"
-    for name, ask in way.ask.items():
-        cells, chains = [way.name, size, f"{log[-1][0]:.0f}", learned[0] if learned else "-", name], ask(ids)
-        for group in groups:
-            picked = (
-                [part[i] for i in group]
-                for part in (chains, way.problems.question_test, way.problems.thoughts_test)
-            )
-            cells.append(f"{metrics.score_chains(*picked, way.problems.check)['answer']:.3f}")
-        rows.append(f"| {' | '.join(cells)} |")
-    first = next(iter(way.ask))
-    return rows, f"  {way.name}, {first}:{reason.rates(way.ask[first], ids)}"
-
-
-def read_eval(folder: Path, column="answer") -> list[tuple[float, float, float]]:
-    """Step, training seconds and a column, the share of right answers, of each evaluation of a run."""
-    with open(folder / "eval.csv", encoding="utf-8") as file:
-        return [(float(r["step"]), float(r["seconds"]), float(r[column])) for r in csv.DictReader(file)]
-
-
-def compare(cfg: Config, problems: Problems, device) -> None:
+def compare(cfg: Config, problems: Problems, device: torch.device) -> None:
     """Train all, print the table, draw the learning curves."""
-    spaces, n = cfg.run.dataset not in TASKS, cfg.run.score_n
-    ways = []
+    rows, curves = [], {}
     for name in cfg.ways:
-        known = answers_only(problems) if name == "answer" else problems
-        facts = reason.chain_facts(known, spaces, reason.size_of(cfg.run))
-        train = ours if name in ("multi", "single") else theirs
-        ways.append(train(cfg, name, facts, known, device))
-    tables, rates = zip(*[table_rows(way, n, device) for way in ways], strict=True)
-    groups = [f"{name}, n={len(group)}" for name, group in groups_of(problems, n).items()]
-    print(f"\nright answers after {cfg.seconds:g} s of training each")
-    print(f"| way | M parameters | steps | seconds to 90% | evaluations a thought | {' | '.join(groups)} |")
-    print("|---" * (5 + len(groups)) + "|", *sum(tables, []), *rates, sep="\n")
-    path = Path(cfg.out) / "curves.png"
-    with figure(path, (7, 4)) as (_, ax):
-        for way in ways:
-            _, seconds, right = zip(*read_eval(way.folder), strict=True)
-            ax.plot(seconds, right, "--" if "GPT-2" in way.name else "-", label=way.name)
-        ax.set(xlabel="training seconds", ylabel="right answers, 200 test problems", ylim=(0, 1.02))
-        ax.legend()
-    print("wrote", path)
+        way = (ours if name in ("multi", "single") else theirs)(cfg, name, problems, device)
+        curves[way.name] = [(seconds, right) for _, seconds, right in way.curve]
+        learned = [f"{seconds:.0f}" for seconds, right in curves[way.name] if right >= 0.9]
+        head = {"way": way.name, "M parameters": millions(way.model), "steps": way.curve[-1][0]}
+        head |= {"seconds to 90%": learned[0] if learned else "-"}
+        for i, (how, ask) in enumerate(way.ask.items()):
+            right = right_of(ask, way.problems, cfg.score_n)
+            shares = {
+                kind: share([right[i] for i in g]) for kind, g in kinds_of(problems, cfg.score_n).items()
+            }
+            row = head | {"evaluations": how} | {kind: f"{value:.3f}" for kind, value in shares.items()}
+            fast = rates(ask, way.problems, cfg.score_n)
+            rows.append(row | (fast if i == 0 else dict.fromkeys(fast, "")))
+    log(f"right answers after {cfg.seconds:g} s of training each")
+    print_table(rows)
+    labels = dict(xlabel="training seconds", ylabel="right answers, 200 test problems", ylim=(0, 1.02))
+    draw(Path(cfg.out) / "curves.png", curves, **labels)
 
 
-# -- self-correction ---------------------------------------------------------------------------------------
+# -- self-correction -------------------------------------------------------------------------------------
 
 
 def spoil(thought: str, digits: str, rng: random.Random) -> str:
@@ -335,126 +399,71 @@ def spoil(thought: str, digits: str, rng: random.Random) -> str:
     return thought[:at] + rng.choice([d for d in digits if d != thought[at]]) + thought[at + 1 :]
 
 
-def think_on(
-    cfg: reason.Config, facts: dict, model, problems: Problems, ids: Tensor
-) -> list[tuple[float, float]]:
-    """(evaluations so far, right answers) of test problems that go on from ids (N, q + k), after each round.
+def rounds(cfg: Config, run: reason.Config, model, problems: Problems, ids: Tensor) -> list[str]:
+    """Right answers, and in brackets the evaluations up to there, of test problems that go on from ids.
 
-    The first ends the chains. Each of the ROUNDS after it masks again what the model is the least sure of,
-    the spoilt thought not excepted: nothing tells it what is right.
+    First at the end of the chains, then after each of the ROUNDS, which mask again what the model is the
+    least sure of, the spoilt thought not excepted: nothing tells it what is right.
     """
-    asked, truth = reason.asked(facts, problems.question_test).to(ids.device), problems.thoughts_test
-    points, spent, x = [], 0, None
+    questions, cells, spent, x = [question for question, _ in problems.test], [], 0, None
+    empty = reason.ask(problems.facts, questions).to(ids.device)
     for i in range(1 + ROUNDS):
         if i:
-            ids = reason.remasked(cfg, model, asked, x, cfg.seed + i - 1)
+            ids = remasked(replace(run, seed=run.seed + i - 1), model, empty, x, cfg.remask[0])
             spent += 2  # in which the model doubts each token
-        x = reason.conclude(cfg, model, ids, cfg.seed + i)
-        spent += reason.evaluations(cfg, model, ids) / len(ids)
-        scores = metrics.score_chains(reason.decode(facts, x), problems.question_test, truth, problems.check)
-        points.append((spent, scores["answer"]))
-    return points
+        x, cost = think_on(replace(run, seed=run.seed + i), model, ids)
+        spent += cost / len(ids)
+        right = map(problems.check, questions, decode(problems.facts, x))
+        cells.append(f"{share(list(right)):.3f} ({spent:.0f})")
+    return cells
 
 
-def self_correction(cfg: Config, problems: Problems, device) -> list[str]:
+def self_correction(cfg: Config, problems: Problems, device: torch.device) -> None:
     """A digit of one true thought is spoilt, and what follows is the model's own: how many answers are right?
 
-    A line for each thought, of a model trained on true thoughts and of one trained on snapshots of its own;
-    a curve of each is drawn.
+    A row for each thought, of a model trained on true thoughts and of one trained on snapshots of its own.
     """
-    facts = reason.chain_facts(problems, cfg.run.dataset not in TASKS)
+    facts, rows = problems.facts, []
     digits = "".join(c for c in facts["alphabet"] if c.isdigit())
-    problems = with_digits(problems, digits, cfg.run.score_n)
-    n, shortest = len(problems.question_test), min(map(len, problems.thoughts_test))
-    lines = [f"right answers, n={n}, {cfg.run.steps} evaluations a thought; then rounds of remasking"]
-    lines.append(f"{cfg.run.remask:g} of the tokens, and the evaluations up to there")
-    curves = {}
+    few = replace(problems, test=with_digits(problems, digits)[: cfg.score_n])
     for snapshot in (0.0, 0.5):
-        run = dataclasses.replace(in_folder(cfg, f"snapshot{snapshot:g}"), snapshot=snapshot)
-        if not finished(run, run.out, run.max_steps):
-            reason.train(run, facts, problems, device)
-        model, rng = reason.load_model(run, Path(run.out) / "last.pt", device)[0], random.Random(run.seed)
-        for i in range(shortest):
-            chains = [list(chain) for chain in problems.thoughts_test]
-            for chain in chains if i else []:
+        run = in_folder(cfg, f"snapshot{snapshot:g}", snapshot=snapshot, max_steps=cfg.run.max_steps)
+        reason.train(run, problems, device)
+        model, rng = reason.load(f"{run.out}/last.pt", device)[0], random.Random(run.seed)
+        for i in range(min(len(chain) for _, chain in few.test)):
+            chains = [(question, list(chain)) for question, chain in few.test]
+            for _, chain in chains if i else []:
                 chain[i - 1] = spoil(chain[i - 1], digits, rng)
-            ids = reason.encode(facts, problems.question_test, chains).to(device)
+            ids = torch.cat(reason.columns(facts, chains), dim=1).to(device)
             ids[:, sum(facts["widths"][: i + 1]) :] = model.mask_id
-            name = f"snapshot {snapshot:<4g}  {f'thought {i} spoilt' if i else 'nothing spoilt':18}"
-            curves[name] = think_on(run, facts, model, problems, ids)
-            lines.append(name + told(curves[name]))
-    draw_curves(Path(cfg.out) / "correct.png", curves)
-    return lines
+            row = {"snapshot": snapshot, "spoilt": f"thought {i}" if i else "nothing"}
+            cells = rounds(cfg, run, model, few, ids)
+            rows.append(row | {f"round {i}" if i else "chain": cell for i, cell in enumerate(cells)})
+    log(f"n={len(few.test)}; {cfg.remask[0]:g} of the tokens are masked again; right answers (evaluations)")
+    print_table(rows)
 
 
-def puzzles_by_evaluations(cfg: Config, problems: Problems, device) -> list[str]:
-    """Share of solved minimal puzzles by evaluations: in one pass, in fresh tries, and with remasking."""
-    facts = reason.chain_facts(problems, False, reason.size_of(cfg.run))
-    way = ours(cfg, "multi", facts, problems, device)
-    run = dataclasses.replace(in_folder(cfg, "multi"), passes="multi")
-    hard = [q for q in problems.question_test if problems.task.kind(q) == "minimal"][: run.score_n]
-    ids, curves = reason.asked(facts, hard).to(device), {}
-
-    def points(chosen: reason.Config) -> list[tuple[float, float]]:
-        found = reason.tries(chosen, facts, way.model, ids, hard, problems.check)
-        return [(spent, metrics.share(right)) for spent, _, right in found]
-
-    for order in ("confident", "margin", "random"):
-        one = dataclasses.replace(run, order=order, tries=1)
-        curves[f"{order}, one pass"] = []
-        for steps in (1, 2, 4, 8, 16, 32, len(facts["axes"])):
-            curves[f"{order}, one pass"] += points(dataclasses.replace(one, steps=steps))
-    for share in (1.0, 0.5, 0.25):
-        name = "fresh tries" if share == 1 else f"the {share:.0%} least sure masked again"
-        curves[name] = points(dataclasses.replace(run, remask=share))
-    draw_curves(Path(cfg.out) / "correct.png", curves)
-    lines = [f"solved minimal puzzles, n={len(hard)}, at (evaluations a puzzle)"]
-    for name, found in curves.items():
-        lines.append(f"{name:36}" + told(found))
-    return lines
-
-
-def told(points: list[tuple[float, float]]) -> str:
-    """Shares of right answers, and behind each the evaluations up to there."""
-    return "  ".join(f"{right:.3f} ({spent:.0f})" for spent, right in points)
-
-
-def draw_curves(path: Path, curves: dict[str, list[tuple[float, float]]]) -> None:
-    """Draw shares of right answers over evaluations."""
-    with figure(path, (7, 4)) as (_, ax):
-        for name, points in curves.items():
-            ax.plot(*zip(*points, strict=True), "o-", label=name)
-        ax.set(xlabel="evaluations of the denoiser for each problem", ylabel="right answers", ylim=(0, 1.02))
-        ax.legend(loc="lower right")
-    say(f"wrote {path}")
-
-
-def with_digits(problems: Problems, digits: str, n: int) -> Problems:
-    """The problems with at most n test problems, such that each thought before the answer has a digit."""
+def with_digits(problems: Problems, digits: str) -> list:
+    """The test problems of which each thought before the answer has a digit."""
     chosen = []
-    for question, chain in zip(problems.question_test, problems.thoughts_test, strict=True):
+    for question, chain in problems.test:
         if len(chain) > 1 and all(set(thought) & set(digits) for thought in chain[:-1]):
             chosen.append((question, chain))
     if not chosen or len(digits) < 2:
         raise UserError(
-            "no test problem has a thought with a digit before the answer: choose another data set"
+            "no test problem has a thought with a digit before its answer: choose another --dataset"
         )
-    questions, chains = map(list, zip(*chosen[:n], strict=True))
-    return dataclasses.replace(problems, question_test=questions, thoughts_test=chains)
+    return chosen
 
 
 def main(cfg: Config) -> None:
-    cfg = dataclasses.replace(cfg, out=cfg.out.replace("{dataset}", run_name(cfg.dataset)))
-    device, run = pick_device(cfg.run.device), cfg.run
-    problems = load_problems(run.dataset, reason.size_of(run), run.train_n, run.form, run.test)
-    sizes = f"{len(problems.question)} training problems, seed {run.seed}"
-    print(f"{run.dataset}: {sizes}; {device}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    if cfg.correct:
-        experiment = puzzles_by_evaluations if problems.is_puzzle else self_correction
-        show(cfg.out, "correct", experiment(cfg, problems, device))
-    else:
-        compare(cfg, problems, device)
+    cfg, device, run = resolve_out(cfg), pick_device(), cfg.run
+    problems = load_problems(run.dataset, run.train_n, run.digits)
+    threads = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+    log(f"{cfg.dataset}: {len(problems.train)} training problems, seed {run.seed}; {device}, {threads}")
+    study = measure if cfg.load else self_correction if cfg.correct else compare
+    study(cfg, problems, device)
 
 
 if __name__ == "__main__":
-    run_script(Config, main, __doc__)
+    run_bench(Config, main, __doc__)

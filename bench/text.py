@@ -1,6 +1,6 @@
 """textgen.py beside GPT-2, and beside PLANNER's way of doing the same.
 
-    python -m bench.text        four ratios of speed, in interleaved rounds; 5 minutes on a CPU
+    python -m bench.text        three ratios of speed, in interleaved rounds; 4 minutes on a CPU
     python -m bench.text --load out/tripadvisor/diffusion/last.pt    AuBLEU, robustness, a table with GPT-2
 
 The table trains two GPT-2s on the texts of the checkpoint, in folders beside it, until their held-out loss
@@ -43,11 +43,10 @@ class Config:
     score_n: int = 200  # load: texts of a score
     rounds: int = 7  # speed: all sides in turn
     round_steps: int = 4  # speed: training steps of each side in a round
-    batch_size: int = 64  # speed: reviews written at a time
     base_batch: int = 8  # speed: texts of a diffusion step at the base size
 
     def __post_init__(self):
-        check_range(self, "rounds round_steps batch_size base_batch", 1)
+        check_range(self, "rounds round_steps base_batch", 1)
         check_range(self, "score_n", 2)
 
 
@@ -132,12 +131,11 @@ class Finished:
 
     def rows(self, n: int) -> dict[str, tuple[list[str], list[int]]]:
         """Texts and labels: new ones under the conditions of n training texts, these, and held-out ones."""
-        generator = torch.Generator().manual_seed(self.writer.cfg.seed)
-        known = [self.train[i] for i in torch.randperm(len(self.train), generator=generator)[:n].tolist()]
-        rows = {}
-        for name, part in (("samples", known), ("training", known), ("held out", self.test[:n])):
-            written = self.writer.sample(part) if name == "samples" else [text for text, _, _ in part]
-            rows[name] = written, [label for _, label, _ in part]
+        known = textgen.shuffled(self.train, self.writer.cfg.seed)[:n]
+        rows, labels = {}, [label for _, label, _ in known]
+        rows["samples"] = self.writer.sample(textgen.conditions(self.writer.cfg, known)), labels
+        rows["training"] = [text for text, _, _ in known], labels
+        rows["held out"] = tuple(map(list, zip(*[row[:2] for row in self.test[:n]], strict=True)))
         return rows
 
     def tensors(self, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -148,8 +146,7 @@ class Finished:
 def quality(cfg: Config, device: torch.device) -> None:
     """Print how texts come back from their latents, and the table of new ones beside GPT-2's."""
     run = Finished.load(cfg.load, device)
-    order = torch.randperm(len(run.test), generator=torch.Generator().manual_seed(run.writer.cfg.seed))
-    held_out = [run.test[i] for i in order[: cfg.score_n].tolist()]
+    held_out = textgen.shuffled(run.test, run.writer.cfg.seed)[: cfg.score_n]
     score_vae(run, held_out)
     score_denoiser(run, held_out[:100])
     judge, baseline = (train_gpt(run, name, device) for name in ("judge", "baseline"))
@@ -198,7 +195,7 @@ def guess(run: Finished, x0: Tensor, y, t: int) -> Tensor:
 def score_denoiser(run: Finished, rows: Rows) -> None:
     """Print AuBLEU: the area under the BLEU of texts written from `guess`, over alpha_bar. PLANNER."""
     writer, (ids, target) = run.writer, run.tensors(rows)
-    real, y = texts.decode(writer.decoder, target), writer.condition(rows)
+    real, y = texts.decode(writer.decoder, target), writer.condition(textgen.conditions(writer.cfg, rows))
     x0 = (textgen.encode_all(writer.vae, ids) - writer.mean) / writer.std
     points = []
     for t in range(textgen.T, 0, -textgen.T // 10):
@@ -304,11 +301,11 @@ def training_steps(model, loss, n: int, device):
     return work
 
 
-def compare(title: str, sides: dict, rounds: int, device, scale: float = 1.0) -> None:
-    """Print the seconds of two sides, those of the second times `scale`, and their ratio, round by round."""
+def compare(title: str, sides: dict, rounds: int, device) -> None:
+    """Print the seconds of two sides and their ratio, round by round."""
     (a, ours), (b, theirs) = interleaved(sides, rounds, device).items()
-    ratios = [scale * there / here for here, there in zip(ours, theirs, strict=True)]
-    seconds = f"{a} {np.median(ours):.3f} s, {b} {scale * np.median(theirs):.3f} s"
+    ratios = [there / here for here, there in zip(ours, theirs, strict=True)]
+    seconds = f"{a} {np.median(ours):.3f} s, {b} {np.median(theirs):.3f} s"
     log(f"{title}: {seconds}, ratio {spread(ratios)}")
 
 
@@ -318,7 +315,7 @@ def small_parts(device) -> tuple[textgen.Config, dict, TextVAE, Rows]:
     data = textgen.load_texts(cfg)
     tokenizer = texts.train_tokenizer([text for text, _, _ in data.train], cfg.vocab)
     facts = dict(names=data.names, encoder=texts.to_json(tokenizer), decoder=texts.to_json(tokenizer))
-    return cfg, facts, textgen.build_vae(cfg, facts, device, pretrained=False), data.train
+    return cfg, facts, textgen.build_vae(cfg, facts, device), data.train
 
 
 def vae_speed(bench: Config, device) -> None:
@@ -332,7 +329,7 @@ def vae_speed(bench: Config, device) -> None:
     bert = BertModel(BertConfig(**bert), add_pooling_layer=False)
     gpt = AutoModelForCausalLM.from_config(GPT2Config(**gpt | dict(activation_function="gelu_new")))
     for name, theirs in (("PLANNER's way", (bert, gpt)), ("PLANNER's way on our backbones", parts)):
-        plain = TextVAE(*theirs, cfg.k, cfg.d, vae.eos, variance="learned", beta=1e-5).to(device)
+        plain = TextVAE(*theirs, cfg.k, cfg.latent_width, vae.eos, variance="learned", beta=1e-5).to(device)
         our_loss, their_loss = partial(vae, ids, target), partial(planner_loss, plain, ids, target)
         sides = {
             "ours": training_steps(vae, our_loss, bench.round_steps, device),
@@ -349,14 +346,15 @@ def diffusion_speed(bench: Config, device) -> None:
     process, denoiser = textgen.build_denoiser(cfg, facts, vae)
     B = bench.base_batch
     words = torch.randint(1000, 30_000, (B, cfg.max_tokens), device=device)
-    y, stored = torch.zeros(B, dtype=torch.long, device=device), torch.randn(B, cfg.k, cfg.d, device=device)
+    y = torch.zeros(B, dtype=torch.long, device=device)
+    stored = torch.randn(B, cfg.k, cfg.latent_width, device=device)
 
     def loss(z: Tensor = stored) -> Tensor:
         return process.loss(denoiser, z, drop_condition(y, cfg.label_drop)).mean()
 
     def loss_on_the_fly() -> Tensor:
         with torch.no_grad():
-            z = bert(input_ids=words).last_hidden_state[:, : cfg.k, : cfg.d]
+            z = bert(input_ids=words).last_hidden_state[:, : cfg.k, : cfg.latent_width]
         return loss(z)
 
     sides = {
@@ -364,25 +362,6 @@ def diffusion_speed(bench: Config, device) -> None:
         "encoded on the fly": training_steps(denoiser, loss_on_the_fly, bench.round_steps, device),
     }
     compare(f"diffusion step, base, batch {B}, float32", sides, bench.rounds, device)
-
-
-def writing_speed(bench: Config, device) -> None:
-    """Reviews written in a batch and one by one, of random weights, which seldom end a review."""
-    cfg, facts, vae, rows = small_parts(device)
-    mean, std = torch.zeros(cfg.k, cfg.d), torch.ones(cfg.k, cfg.d)
-
-    def write(r: int, n: int) -> None:
-        writer = textgen.Writer(replace(cfg, seed=r), facts, vae.eval(), mean, std)
-        writer.sample(rows[:n])
-
-    def one_by_one(r: int) -> None:
-        for _ in range(4):
-            write(r, 1)
-
-    n = bench.batch_size
-    title = f"writing {n} reviews, {cfg.steps} evaluations; one by one from 4"
-    sides = {"in a batch": partial(write, n=n), "one by one": one_by_one}
-    compare(title, sides, bench.rounds, device, n / 4)
 
 
 def main(cfg: Config) -> None:
@@ -393,7 +372,6 @@ def main(cfg: Config) -> None:
     log(f"{where}, {cfg.rounds} interleaved rounds")
     vae_speed(cfg, device)
     diffusion_speed(cfg, device)
-    writing_speed(cfg, device)
 
 
 if __name__ == "__main__":
