@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import reason
@@ -75,14 +75,33 @@ def in_folder(cfg: Config, name: str, **settings) -> reason.Config:
     return replace(cfg.run, dataset=cfg.dataset, out=f"{cfg.out}/{name}", resume=True, **settings)
 
 
+def share(values: list[bool]) -> float:
+    return sum(values) / max(1, len(values))
+
+
 def right_of(ask: Ask, problems: Problems, n: int) -> list[bool]:
     """Which of the first n test problems are right."""
     questions = [question for question, _ in problems.test[:n]]
     return list(map(problems.check, questions, ask(questions)))
 
 
-def share(values: list[bool]) -> float:
-    return sum(values) / max(1, len(values))
+def by_kind(right: list[bool], problems: Problems) -> dict[str, str]:
+    """The share of right answers for each column of a table: puzzles by their number of clues."""
+    kinds = {}
+    for is_right, (question, _) in zip(right, problems.test, strict=False):
+        kinds.setdefault(problems.kind(question) if problems.kind else "right", []).append(is_right)
+    return {f"{kind}, n={len(part)}": f"{share(part):.3f}" for kind, part in sorted(kinds.items())}
+
+
+def rates(ask: Ask, problems: Problems, n: int) -> dict[str, str]:
+    """Problems a second in batches of several sizes."""
+    questions, cells = [question for question, _ in problems.test[:n]], {}
+    for size in sorted({1, min(8, n), min(64, n), n}):
+        few = questions[: max(size, 8)]
+        parts = [few[i : i + size] for i in range(0, len(few), size)]
+        rate = best_rate(lambda parts=parts: list(map(ask, parts)), len(few))
+        cells[f"problems/s, batch {size}"] = f"{rate:.3g}"
+    return cells
 
 
 # -- thinking again --------------------------------------------------------------------------------------
@@ -125,96 +144,54 @@ def think_on(cfg: reason.Config, model, ids: Tensor) -> tuple[Tensor, int]:
     return xt, sum(int(block.sum(1).clamp(max=cfg.steps).sum()) for block in masked)
 
 
-def tries(cfg: reason.Config, facts: dict, model, questions: list[str], check, remask=1.0):
-    """Yield (evaluations per question so far, chains, which of them are right) after each of cfg.tries.
-
-    What the check refuses is tried again at cfg.try_temperature: from the beginning, or `remasked`.
-    """
+def try_remasked(run: reason.Config, facts: dict, model, problems: Problems, n: int, remask: float):
+    """As `reason.score`, but an answer that the check refuses is not tried from the beginning: `remasked`."""
+    questions = [question for question, _ in problems.test[:n]]
     ids = reason.ask(facts, questions).to(next(model.parameters()).device)
-    x, right, spent = ids[:, model.layout.q :].clone(), torch.zeros(len(ids), dtype=torch.bool), 0
-    for i in range(cfg.tries):
-        how = replace(cfg, seed=cfg.seed + i, temperature=cfg.try_temperature if i else cfg.temperature)
+    x, spent, right = ids[:, model.layout.q :].clone(), 0, torch.zeros(len(ids), dtype=torch.bool)
+    for i in range(run.tries):
+        how = reason.at_try(run, i)
         for part in (~right).nonzero()[:, 0].split(1000):
-            start = ids[part]
-            if i and remask < 1:
-                start = remasked(how, model, start, x[part], remask)
-                spent += 2 * len(part)  # in which the model doubts each token
+            start = remasked(how, model, ids[part], x[part], remask) if i else ids[part]
             x[part], cost = think_on(how, model, start)
-            spent += cost
-        chains = decode(facts, x)
-        right = torch.tensor(list(map(check, questions, chains)))
-        yield spent / len(ids), chains, right.tolist()
-
-
-# -- a finished run --------------------------------------------------------------------------------------
+            spent += cost + 2 * len(part) * (i > 0)  # two, in which the model doubts each token
+        right = torch.tensor(list(map(problems.check, questions, decode(facts, x))))
+        yield right.tolist(), spent / len(ids)
 
 
 def measure(cfg: Config, problems: Problems, device: torch.device) -> None:
-    """Print the table of a checkpoint: of puzzles by order and tries, of chains by evaluations with rates."""
+    """Print what a checkpoint gets right by evaluations, order and tries; draw it, of the hardest puzzles."""
     model, facts = reason.load(cfg.load, device)
     if facts != problems.facts:
         raise UserError(f"{cfg.load} was trained on other problems than {cfg.dataset}")
-    saved = saved_by(reason.Config, cfg.load)
-    run = reason.Config(**saved["config"] | dict(tries=cfg.tries))
+    saved, rows, curves, n = saved_by(reason.Config, cfg.load), [], {}, cfg.score_n
     log(f"{cfg.load}: {millions(model)} M parameters, trained {saved['seconds']:.0f} s")
-    (puzzle_table if problems.axes else chain_table)(cfg, run, facts, model, problems)
+    run = reason.Config(**saved["config"] | dict(tries=cfg.tries))
 
-
-def chain_table(cfg: Config, run: reason.Config, facts: dict, model, problems: Problems) -> None:
-    rows = []
-    for steps in (1, 2, 4, 8, 16, 32, 64):
-        ask = partial(reason.answer, replace(run, steps=steps), facts, model)
-        row = {"evaluations a thought": steps, "right": f"{share(right_of(ask, problems, cfg.score_n)):.3f}"}
-        rows.append(row | (rates(ask, problems, cfg.score_n) if steps <= 8 else {}))
-    print_table(rows)
-    questions = [question for question, _ in problems.test[: cfg.score_n]]
-    for i, (spent, _, right) in enumerate(tries(run, facts, model, questions, problems.check), 1):
-        if i & (i - 1) == 0:  # powers of two
-            log(f"{i} tries, {spent:.3g} evaluations a problem: {share(right):.3f} right")
-
-
-def puzzle_table(cfg: Config, run: reason.Config, facts: dict, model, problems: Problems) -> None:
-    """Also draws what is solved of the hardest kind of puzzles, over evaluations, as tries.png."""
-    questions, rows, curves = [question for question, _ in problems.test[: cfg.score_n]], [], {}
-    kinds = kinds_of(problems, cfg.score_n)
-
-    def add(name: str, how: reason.Config, remask=1.0) -> None:
-        for i, (spent, _, right) in enumerate(tries(how, facts, model, questions, problems.check, remask), 1):
-            shares = {kind: share([right[i] for i in group]) for kind, group in kinds.items()}
-            curves.setdefault(name, []).append((spent, min(shares.values())))
-            if i & (i - 1) == 0:
-                row = {"order": name, "tries": i, "evaluations": f"{spent:.3g}"}
-                rows.append(row | {kind: f"{value:.3f}" for kind, value in shares.items()})
+    def add(name: str, how: reason.Config, points, **more) -> None:
+        for i, (right, spent) in enumerate(points, 1):
+            shares = by_kind(right, problems)
+            curves.setdefault(name, []).append((spent, float(min(shares.values()))))
+            if i & (i - 1) == 0:  # powers of two
+                row = {"": name, "steps a thought": how.steps, "tries": i, "evaluations each": f"{spent:.3g}"}
+                rows.append(row | shares | more)
 
     for order in ("confident", "random"):
-        for steps in (1, 2, 4, 8, 16, 32, 81):
-            add(f"{order}, one pass", replace(run, order=order, steps=steps, tries=1))
-    add("fresh tries", run)
-    for remask in cfg.remask:
-        add(f"the {remask:.0%} least sure masked again", run, remask)
+        for steps in (1, 2, 4, 8, 16, 32, 64, 81):
+            once = replace(run, order=order, steps=steps, tries=1, votes=1)
+            fast = {}
+            if order == "confident" and not problems.axes:
+                fast = rates(partial(reason.answer, once, facts, model), problems, n)
+            add(f"{order}, one pass", once, reason.score(once, facts, model, problems, n), **fast)
+    if cfg.tries > 1:
+        add("fresh tries", run, reason.score(run, facts, model, problems, n))
+    for remask in cfg.remask if cfg.tries > 1 else ():
+        name = f"the {remask:.0%} least certain masked again"
+        add(name, run, try_remasked(run, facts, model, problems, n, remask))
     print_table(rows)
-    labels = dict(xlabel="evaluations of the denoiser for each puzzle", ylabel="solved, of the hardest kind")
-    draw(Path(cfg.out) / "tries.png", curves, ylim=(0, 1.02), **labels)
-
-
-def kinds_of(problems: Problems, n: int) -> dict[str, list[int]]:
-    """The test problems of each column of a table: puzzles by their number of clues."""
-    kinds = {}
-    for i, (question, _) in enumerate(problems.test[:n]):
-        kinds.setdefault(problems.kind(question) if problems.kind else "right", []).append(i)
-    return {f"{kind}, n={len(group)}": group for kind, group in sorted(kinds.items())}
-
-
-def rates(ask: Ask, problems: Problems, n: int) -> dict[str, str]:
-    """Problems a second in batches of several sizes."""
-    questions, cells = [question for question, _ in problems.test[:n]], {}
-    for size in sorted({1, min(8, n), min(64, n), n}):
-        few = questions[: max(size, 8)]
-        parts = [few[i : i + size] for i in range(0, len(few), size)]
-        cells[f"problems/s, batch {size}"] = (
-            f"{best_rate(lambda parts=parts: list(map(ask, parts)), len(few)):.3g}"
-        )
-    return cells
+    if problems.axes:
+        labels = dict(xlabel="evaluations for each puzzle", ylabel="solved of the hardest kind")
+        draw(Path(cfg.out) / "tries.png", curves, ylim=(0, 1.02), **labels)
 
 
 # -- GPT-2 -----------------------------------------------------------------------------------------------
@@ -321,15 +298,34 @@ def train_gpt(cfg: Config, run: reason.Config, problems: Problems, device) -> tu
 # -- the comparison --------------------------------------------------------------------------------------
 
 
-@dataclass
-class Way:
-    """A trained network beside the others, the problems as it knows them, and its curve while it trained."""
+def ours(cfg: Config, passes: str, problems: Problems, device: torch.device) -> tuple:
+    """A denoiser and its curve; how it answers, for the rates; and which test problems are right."""
+    run, facts, n = in_folder(cfg, passes, passes=passes), problems.facts, cfg.score_n
 
-    name: str
-    model: nn.Module
-    problems: Problems
-    curve: list[tuple[int, float, float]]
-    ask: dict[str, Ask]  # a few ways to ask it, by their names in the table
+    def score(model) -> float:
+        return share(next(reason.score(run, facts, model, problems, 200))[0])
+
+    with timed(reason, limit=cfg.seconds, score=score, every=cfg.every):
+        reason.train(run, problems, device)
+    model, _ = reason.load(f"{run.out}/last.pt", device)
+    fast, right = replace(run, steps=cfg.evaluations[0]), {}
+    for steps in cfg.evaluations:
+        right[str(steps)] = next(reason.score(replace(run, steps=steps), facts, model, problems, n))[0]
+    if cfg.tries > 1:
+        for flags, _ in reason.score(replace(run, tries=cfg.tries), facts, model, problems, n):
+            right[f"{cfg.tries} tries"] = flags
+    curve = saved_by(reason.Config, f"{run.out}/last.pt")["extra"]["curve"]
+    return model, curve, partial(reason.answer, fast, facts, model), right
+
+
+def theirs(cfg: Config, name: str, problems: Problems, device: torch.device) -> tuple:
+    """The same of a GPT-2."""
+    writer, curve = train_gpt(cfg, in_folder(cfg, name), problems, device)
+    right = {"a token at a time": right_of(writer.chains, problems, cfg.score_n)}
+    if cfg.tries > 1:
+        again = partial(writer.try_again, check=problems.check, n=cfg.tries)
+        right[f"{cfg.tries} tries"] = right_of(again, problems, cfg.score_n)
+    return writer.model, curve, writer.chains, right
 
 
 def answers_only(problems: Problems) -> Problems:
@@ -338,52 +334,21 @@ def answers_only(problems: Problems) -> Problems:
     return replace(problems, train=train, test=test)
 
 
-def ours(cfg: Config, passes: str, problems: Problems, device: torch.device) -> Way:
-    run = in_folder(cfg, passes, passes=passes)
-
-    def score(model) -> float:
-        return share(right_of(partial(reason.answer, run, problems.facts, model), problems, 200))
-
-    with timed(reason, limit=cfg.seconds, score=score, every=cfg.every):
-        reason.train(run, problems, device)
-    path = f"{run.out}/last.pt"
-    model, facts = reason.load(path, device)
-    ask = {}
-    for steps in cfg.evaluations:
-        ask[str(steps)] = partial(reason.answer, replace(run, steps=steps), facts, model)
-    if cfg.tries > 1:
-        again = partial(tries, replace(run, tries=cfg.tries), facts, model, check=problems.check)
-        ask[f"{cfg.tries} tries"] = lambda questions: list(again(questions))[-1][1]
-    curve = saved_by(reason.Config, path)["extra"]["curve"]
-    return Way(f"ours, {passes}-pass", model, problems, curve, ask)
-
-
-def theirs(cfg: Config, name: str, problems: Problems, device: torch.device) -> Way:
-    problems = answers_only(problems) if name == "answer" else problems
-    writer, curve = train_gpt(cfg, in_folder(cfg, name), problems, device)
-    ask = {"a token at a time": writer.chains}
-    if cfg.tries > 1:
-        ask[f"{cfg.tries} tries"] = partial(writer.try_again, check=problems.check, n=cfg.tries)
-    return Way(f"GPT-2, {name}", writer.model, problems, curve, ask)
-
-
 def compare(cfg: Config, problems: Problems, device: torch.device) -> None:
     """Train all, print the table, draw the learning curves."""
     rows, curves = [], {}
-    for name in cfg.ways:
-        way = (ours if name in ("multi", "single") else theirs)(cfg, name, problems, device)
-        curves[way.name] = [(seconds, right) for _, seconds, right in way.curve]
-        learned = [f"{seconds:.0f}" for seconds, right in curves[way.name] if right >= 0.9]
-        head = {"way": way.name, "M parameters": millions(way.model), "steps": way.curve[-1][0]}
-        head |= {"seconds to 90%": learned[0] if learned else "-"}
-        for i, (how, ask) in enumerate(way.ask.items()):
-            right = right_of(ask, way.problems, cfg.score_n)
-            shares = {
-                kind: share([right[i] for i in g]) for kind, g in kinds_of(problems, cfg.score_n).items()
-            }
-            row = head | {"evaluations": how} | {kind: f"{value:.3f}" for kind, value in shares.items()}
-            fast = rates(ask, way.problems, cfg.score_n)
-            rows.append(row | (fast if i == 0 else dict.fromkeys(fast, "")))
+    for way in cfg.ways:
+        known = answers_only(problems) if way == "answer" else problems
+        train, name = (ours, f"ours, {way}-pass") if way in ("multi", "single") else (theirs, f"GPT-2, {way}")
+        model, curve, ask, right = train(cfg, way, known, device)
+        curves[name] = [(seconds, score) for _, seconds, score in curve]
+        learned = [f"{seconds:.0f}" for seconds, score in curves[name] if score >= 0.9]
+        row = {"": name, "M parameters": millions(model), "steps": curve[-1][0]}
+        row |= {"seconds to 90%": learned[0] if learned else "-"}
+        fast = rates(ask, known, cfg.score_n)
+        for how, flags in right.items():
+            rows.append(row | {"evaluations": how} | by_kind(flags, known) | fast)
+            fast = {}  # of the first row only
     log(f"right answers after {cfg.seconds:g} s of training each")
     print_table(rows)
     labels = dict(xlabel="training seconds", ylabel="right answers, 200 test problems", ylim=(0, 1.02))
@@ -458,7 +423,7 @@ def with_digits(problems: Problems, digits: str) -> list:
 
 def main(cfg: Config) -> None:
     cfg, device, run = resolve_out(cfg), pick_device(), cfg.run
-    problems = load_problems(run.dataset, run.train_n, run.digits)
+    problems = load_problems(cfg.dataset, run.train_n, run.digits, run.test)
     threads = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
     log(f"{cfg.dataset}: {len(problems.train)} training problems, seed {run.seed}; {device}, {threads}")
     study = measure if cfg.load else self_correction if cfg.correct else compare

@@ -75,9 +75,10 @@ def saved_by(Config, path) -> dict:
 
 def print_table(rows: list[dict]) -> None:
     """Print rows of cells by the names of their columns, as Markdown."""
-    log(f"\n| {' | '.join(rows[0])} |\n{'|---' * len(rows[0])}|")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    log(f"\n| {' | '.join(names)} |\n{'|---' * len(names)}|")
     for row in rows:
-        log(f"| {' | '.join(map(str, row.values()))} |")
+        log(f"| {' | '.join(str(row.get(name, '')) for name in names)} |")
 
 
 def draw(path: Path, curves: dict[str, list[tuple[float, float]]], **axes) -> None:
