@@ -10,11 +10,8 @@ in network and recipe, and ours runs in bf16 where the hardware has it (not in t
 """
 
 import copy
-import math
-import multiprocessing
 import platform
 import re
-import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +23,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import imagen
 from bench.runs import draw, millions, print_table, run_bench, saved_by
@@ -34,7 +30,7 @@ from bench.timing import interleaved, spread, synchronize
 from common.images import Images, load_images
 from common.pictures import picture, save_picture
 from common.run import CLIP, EMA, WARMUP, UserError, autocast, batch_indices, check_range, log, pick_device
-from common.scores import frechet_distance, load_classifier, nearest_distance, scale
+from common.scores import frechet_distance, load_classifier, scale, score_images
 from diffusion import SAMPLERS, SCHEDULES, Diffusion, sample
 
 
@@ -48,7 +44,6 @@ class Config:
     rounds: int = 7  # of the speed measurement, all sides in turn
     round_steps: int = 4  # training steps of each side in a round
     seconds: float = 480.0  # training of each side, scored at a quarter, a half and all; 0: speed only
-    seeds: tuple[int, ...] = (0,)  # of the scored training runs
     score_n: int = 250  # samples of a score
     load: str | None = None  # measure samples of this checkpoint of imagen.py instead
     sampler: Literal[tuple(SAMPLERS)] | None = None  # load: in place of the checkpoint's
@@ -88,11 +83,10 @@ def covered(f: Tensor, g: Tensor, k: int = 3) -> float:
     return torch.cat(inside).double().mean().item()
 
 
-def measures(f: Tensor, train: Tensor, test: Tensor) -> dict[str, float]:
-    """Distances of features f (N, d) to those of the test split, and nearest: see `score_images`."""
-    row = dict(FD=frechet_distance(f, test), KIDx1000=1000 * kernel_distance(f, test))
-    row |= dict(precision=covered(f, test), recall=covered(test, f))
-    return row | dict(nearest=nearest_distance(f, train) / nearest_distance(test[: len(f)], train))
+def measures(f: Tensor, test: Tensor) -> dict[str, float]:
+    """How features f (N, d) compare with those of the test split."""
+    distances = dict(FD=frechet_distance(f, test), KIDx1000=1000 * kernel_distance(f, test))
+    return distances | dict(precision=covered(f, test), recall=covered(test, f))
 
 
 def real_features(train: Tensor, n: int) -> Tensor:
@@ -124,12 +118,13 @@ def measure(cfg: Config, images: Images, device: torch.device) -> None:
     if facts != images.facts:
         raise UserError(f"{cfg.load} was not trained on {cfg.dataset}: it may have seen its test images")
     order = torch.randperm(len(images.y), generator=torch.Generator().manual_seed(run.seed))
-    samples = imagen.draw(run, process, model, facts["shape"], images.y[order[: cfg.score_n]])
+    y = images.y[order[: cfg.score_n]]
+    samples = imagen.draw(run, process, model, facts["shape"], y)
     net = load_classifier(images, Path(cfg.load).parent / "classifier.pt", device)
     f, train, test = (net.features(x) for x in (samples, images.x, images.x_test))
-    rows = {"samples": measures(f, train, test), "real": measures(real_features(train, len(f)), train, test)}
-    log(f"{run.sampler}, {run.steps} steps, guidance {run.guidance}, n={len(f)} against {len(test)}")
-    print_table([dict(row=name) | {k: f"{v:.4g}" for k, v in row.items()} for name, row in rows.items()])
+    log(f"{run.sampler}, {run.steps} steps, guidance {run.guidance}, n={len(f)} against {len(test)}:")
+    log(score_images(samples, y, images, net))
+    print_measures({"samples": measures(f, test), "real": measures(real_features(train, len(f)), test)})
     nearest = images.x[torch.cdist(f[:20], train).argmin(1)]
     pairs = torch.stack([samples[:10], nearest[:10], samples[10:20], nearest[10:]])
     save_grid(["sample", "nearest training image"] * 2, pairs, Path(cfg.out) / "nearest.png")
@@ -137,6 +132,10 @@ def measure(cfg: Config, images: Images, device: torch.device) -> None:
         log(f"Inception FID {inception_fid(samples, images.x_test):.2f}")
     except UserError as error:
         log(str(error))
+
+
+def print_measures(rows: dict[str, dict[str, float]]) -> None:
+    print_table([{"": name} | {k: f"{v:.4g}" for k, v in row.items()} for name, row in rows.items()])
 
 
 def save_grid(names: list[str], rows: Tensor, path: Path) -> None:
@@ -159,9 +158,6 @@ class Ours:
         if textbook:
             self.process = Diffusion(*SCHEDULES["linear"](self.cfg.T), "eps", "plain").to(device)
         self.device = device
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.model(x, t)
 
     def loss(self, x: Tensor) -> Tensor:
         with autocast(self.device, self.cfg.precision):
@@ -189,12 +185,9 @@ class Diffusers:
         self.noise = diffusers.DDPMScheduler(1000)
         self.ddim = diffusers.DDIMScheduler(1000, timestep_spacing="trailing")
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.model(x, t).sample
-
     def loss(self, x: Tensor) -> Tensor:
         eps, t = torch.randn_like(x), torch.randint(0, 1000, (len(x),), device=x.device)
-        return F.mse_loss(self.forward(self.noise.add_noise(x, eps, t), t), eps)
+        return F.mse_loss(self.model(self.noise.add_noise(x, eps, t), t).sample, eps)
 
     @torch.no_grad()
     def sample(self, model, shape, generator, evaluations: int) -> Tensor:
@@ -216,9 +209,6 @@ class Lucidrains:
         denoising_diffusion_pytorch.tqdm = lambda steps, **_: steps  # no bar for each of its loops
         self.model = Unet(dim=28, dim_mults=(1, 2, 4), channels=1).to(device)
         self.process = GaussianDiffusion(self.model, image_size=size, sampling_timesteps=50).to(device)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.model(x, t)
 
     def loss(self, x: Tensor) -> Tensor:
         return self.process((x + 1) / 2)  # it wants [0, 1]
@@ -249,8 +239,8 @@ SCORED = {
 class Trainer:
     """A side with imagen.py's optimizer, learning rate, warm-up, clipping and EMA."""
 
-    def __init__(self, side, x: Tensor, batch_size: int, seed: int):
-        self.side, self.x, self.batch_size, self.seed, self.step = side, x, batch_size, seed, 0
+    def __init__(self, side, x: Tensor, batch_size: int):
+        self.side, self.x, self.batch_size, self.step = side, x, batch_size, 0
         self.lr, self.params = imagen.Config().lr, list(side.model.parameters())
         fused = x.device.type != "mps"
         self.opt = torch.optim.AdamW(self.params, lr=self.lr, weight_decay=0.0, fused=fused)
@@ -258,7 +248,7 @@ class Trainer:
 
     def train_step(self) -> None:
         self.step += 1
-        batch = batch_indices(len(self.x), self.batch_size, self.seed, self.step).to(self.x.device)
+        batch = batch_indices(len(self.x), self.batch_size, 0, self.step).to(self.x.device)
         self.side.loss(scale(self.x[batch])).backward()
         nn.utils.clip_grad_norm_(self.params, CLIP)
         self.opt.param_groups[0]["lr"] = self.lr * min(1, self.step / WARMUP)
@@ -272,39 +262,10 @@ class Trainer:
 # -- speed -----------------------------------------------------------------------------------------------
 
 
-def resident_peak() -> float:
-    """MiB of this process's largest resident size; NaN where this is not Linux."""
-    if sys.platform != "linux":
-        return math.nan
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-
-
-def peak_memory(name: str, size: int, batch_size: int, pipe) -> None:
-    """In a process of its own: MiB that three training steps add to the peak (CUDA: that they allocate)."""
-    device = pick_device()
-    x = torch.zeros(256, 1, size, size, dtype=torch.uint8, device=device)
-    trainer, before = Trainer(TIMED[name](size, device), x, batch_size, 0), resident_peak()
-    for _ in range(3):
-        trainer.train_step()
-    on_cuda = device.type == "cuda"
-    pipe.send(torch.cuda.max_memory_allocated() / 2**20 if on_cuda else resident_peak() - before)
-
-
-def memory_of(name: str, size: int, batch_size: int) -> float:
-    spawn = multiprocessing.get_context("spawn")
-    here, there = spawn.Pipe()
-    process = spawn.Process(target=peak_memory, args=(name, size, batch_size, there))
-    process.start()
-    there.close()  # so that a child that dies is an error here, not an endless wait
-    peak = here.recv()
-    process.join()
-    return peak
-
-
 def speed(cfg: Config, x: Tensor) -> None:
-    """Print size, speed, memory and sampling time of every side; ratios are taken round by round."""
+    """Print size, speed and sampling time of every side; ratios are taken round by round."""
     size, device, rows = x.shape[-1], x.device, []
-    trainers = {name: Trainer(make(size, device), x, cfg.batch_size, 0) for name, make in TIMED.items()}
+    trainers = {name: Trainer(make(size, device), x, cfg.batch_size) for name, make in TIMED.items()}
 
     def train(trainer, _) -> None:
         for _ in range(cfg.round_steps):
@@ -318,15 +279,11 @@ def speed(cfg: Config, x: Tensor) -> None:
     drawn = {name: partial(draw_samples, trainer) for name, trainer in trainers.items()}
     drawn = interleaved(drawn, 3, device)
     for name, trainer in trainers.items():
-        side, one = trainer.side, torch.ones(1, dtype=torch.long, device=device)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            side.forward(torch.zeros(1, 1, size, size, device=device), one)
+        side = trainer.side
         ratios = [theirs / ours for theirs, ours in zip(trained[name], trained["ours"], strict=True)]
         row = {"side": name, "M parameters": millions(side.model)}
-        row |= {"MFLOP per image": f"{counter.get_total_flops() / 1e6:.0f}"}
         row |= {"images/s": f"{cfg.round_steps * cfg.batch_size / np.median(trained[name]):.0f}"}
-        row |= {"ours / it": spread(ratios), "peak MiB": f"{memory_of(name, size, cfg.batch_size):.0f}"}
-        row |= {"usual evaluations": side.usual}
+        row |= {"ours / it": spread(ratios), "usual evaluations": side.usual}
         row |= {"s for 64 samples": f"{np.median(drawn[name]) * side.usual / 10:.1f}"}  # from 10 evaluations
         rows.append(row)
     print_table(rows)
@@ -337,7 +294,7 @@ def speed(cfg: Config, x: Tensor) -> None:
 
 def score_side(trainer: Trainer, cfg: Config, path: Path) -> Tensor:
     """cfg.score_n samples (n, C, H, W) uint8 of a side as it is; the first twenty are drawn."""
-    generator, parts = torch.Generator().manual_seed(trainer.seed), []
+    generator, parts = torch.Generator().manual_seed(0), []
     for n in torch.zeros(cfg.score_n).split(100):
         shape = (len(n), *trainer.x.shape[1:])
         x0 = trainer.side.sample(trainer.ema, shape, generator, trainer.side.evaluations)
@@ -351,30 +308,24 @@ def quality(cfg: Config, images: Images, device: torch.device) -> None:
     """Print and draw the distances of every side on the way to cfg.seconds of training."""
     net = load_classifier(images, Path(cfg.out) / f"{images.facts['checksum']}.pt", device)
     x, train, test = images.x.to(device), net.features(images.x), net.features(images.x_test)
-    real, rows = measures(real_features(train, cfg.score_n), train, test), []
-    marks = (cfg.seconds / 4, cfg.seconds / 2, cfg.seconds)
-    for seed in cfg.seeds:
-        for name, make in SCORED.items():
-            torch.manual_seed(seed)
-            trainer, seconds = Trainer(make(x.shape[-1], device), x, cfg.batch_size, seed), 0.0
-            for mark in marks:
-                while seconds < mark:
-                    start = time.perf_counter()
-                    trainer.train_step()
-                    synchronize(device)
-                    seconds += time.perf_counter() - start
-                picture = Path(cfg.out) / f"{re.sub('[^a-z]+', '-', name)}-{seed}.png"
-                f = net.features(score_side(trainer, cfg, picture))
-                row = dict(side=name, seed=seed, seconds=mark, steps=trainer.step)
-                rows.append(row | measures(f, train, test))
-                log(f"  {name}, {mark:g} s, {trainer.step} steps: FD {rows[-1]['FD']:.4g}")
-    rows.append(dict(side="real training images", seed=0, seconds=0, steps=0) | real)
-    log(f"after so many training seconds, n={cfg.score_n} against {len(test)} test images:")
-    print_table([{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows])
+    real = measures(real_features(train, cfg.score_n), test)
+    marks, rows = (cfg.seconds / 4, cfg.seconds / 2, cfg.seconds), {}
     curves = {"real training images": [(mark, real["FD"]) for mark in marks]}
-    for name in SCORED:  # the median of the seeds
-        own = [[r["FD"] for r in rows if (r["side"], r["seconds"]) == (name, mark)] for mark in marks]
-        curves[name] = list(zip(marks, map(np.median, own), strict=True))
+    for name, make in SCORED.items():
+        torch.manual_seed(0)
+        trainer, seconds, curves[name] = Trainer(make(x.shape[-1], device), x, cfg.batch_size), 0.0, []
+        for mark in marks:
+            while seconds < mark:
+                start = time.perf_counter()
+                trainer.train_step()
+                synchronize(device)
+                seconds += time.perf_counter() - start
+            picture = Path(cfg.out) / f"{re.sub('[^a-z]+', '-', name)}.png"
+            row = measures(net.features(score_side(trainer, cfg, picture)), test)
+            rows[f"{name}, {mark:g} s, {trainer.step} steps"] = row
+            curves[name].append((mark, row["FD"]))
+    log(f"\nn={cfg.score_n} against {len(test)} test images")
+    print_measures(rows | {"real training images": real})
     labels = dict(xlabel="training seconds", ylabel="Fréchet distance to test images")
     draw(Path(cfg.out) / "quality.png", curves, xscale="log", yscale="log", **labels)
 

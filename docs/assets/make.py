@@ -1,27 +1,39 @@
-"""Draws the README's pictures from finished runs of its commands.
+"""Draws the pictures of README.md and docs/results.md from finished runs of their commands.
 
-python assets/make.py               from out/{fashionmnist,grammar,mult,sudoku,shakespeare,bench}
+python docs/assets/make.py      from out/{fashionmnist,grammar,mult,sudoku,shakespeare,bench}
 """
 
 import shutil
 import sys
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import imagen  # noqa: E402
 import reason  # noqa: E402
 import textgen  # noqa: E402
+import tokengen  # noqa: E402
+from bench.runs import run_bench, saved_by  # noqa: E402
+from common.pictures import save_picture  # noqa: E402
+from common.run import log  # noqa: E402
 from diffusion import trajectory  # noqa: E402
-from files import load_checkpoint  # noqa: E402
-from training import run_script  # noqa: E402
+from tasks.problems import decode  # noqa: E402
 
-FRAMES = 32  # of the moving picture, all of it on one clock
+FRAMES = 32  # of forming.gif, all of it on one clock
+PUZZLE = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
+COPIES = {  # pictures that a run or a comparison has drawn
+    "fashionmnist.png": "fashionmnist/samples/grid.png",
+    "quality.png": "bench/images/quality.png",
+    "reason.png": "bench/mult/curves.png",
+    "tries.png": "bench/sudoku/tries.png",
+    "tokens.png": "bench/shakespeare/curves.png",
+}
 
 
 @dataclass(frozen=True)
@@ -31,71 +43,105 @@ class Config:
     runs: str = "out"  # folder of the runs
     out: str = str(Path(__file__).parent)  # folder of the pictures
 
-    kind = "assets"
 
-
-def evenly(frames: list) -> list:
-    """FRAMES of them, or fewer repeated, from the first to the last."""
-    return [frames[round(i * (len(frames) - 1) / (FRAMES - 1))] for i in range(FRAMES)]
+def evenly(states: list, n: int = FRAMES) -> list:
+    """n of the states, from the first to the last."""
+    return [states[round(i * (len(states) - 1) / (n - 1))] for i in range(n)]
 
 
 def images(path: Path) -> list[torch.Tensor]:
-    """xt (10, C, H, W) uint8 in every frame, one image of each class."""
+    """xt (10, C, H, W) uint8 in every frame, an image of each class."""
     process, model, facts = imagen.load(path, "cpu")
-    y, how = torch.arange(10), dict(sampler="ddim", steps=FRAMES, clip=1.0)
+    cfg = imagen.Config(sampler="ddim", steps=FRAMES)
     generator = torch.Generator().manual_seed(1)
-    steps = trajectory(process, model, (10, *facts["shape"]), y, generator=generator, **how)
-    return evenly([imagen.to_uint8(xt) for _, xt, _ in steps])
+    y = torch.arange(10)
+    return evenly(list(imagen.steps_of_sampling(cfg, process, model, facts["shape"], y, generator)))
 
 
-def review(path: Path, rating: int = 5) -> list[str]:
-    """The text that the decoder writes from xt in every frame."""
-    writer, y = textgen.load(path, "cpu"), torch.tensor([rating - 1])
+def review(path: Path) -> list[str]:
+    """The text that the decoder writes from xt in every frame, of the best rating."""
+    writer, y = textgen.load(path, "cpu"), torch.tensor([4])
     cfg = writer.cfg
     how = dict(sampler=cfg.sampler, steps=cfg.steps, guidance=cfg.guidance)
-    generator = torch.Generator().manual_seed(0)
-    steps = trajectory(writer.process, writer.model, (1, cfg.k, cfg.d), y, generator=generator, **how)
+    how |= dict(generator=torch.Generator().manual_seed(0))
+    steps = trajectory(writer.process, writer.model, (1, cfg.k, cfg.latent_width), y, **how)
     return writer.write(torch.cat(evenly([xt for _, xt, _ in steps])))
 
 
-def chain(path: Path, question: str = "3 3 7 * 2 4") -> list[str]:
-    """The chain of thoughts in every frame, a "_" for every token that is still masked."""
-    _, model, facts = reason.load(path, "cpu")
-    cfg = reason.Config(**load_checkpoint(path, "reason")["config"])
-    lines = reason.focus(cfg, facts, model, question)[1:-1]
-    return evenly([line.split("  ", 1)[1] for line in lines])
+def thinking(path: Path, question: str) -> tuple[list, list[str]]:
+    """The ids (1, k) of a question's answer at every step, and the thoughts in them, "_" where masked."""
+    model, facts = reason.load(path, "cpu")
+    cfg = reason.Config(**saved_by(reason.Config, path)["config"])
+    states = list(reason.think(cfg, model, reason.ask(facts, [question])))
+    return [(xt == model.mask_id)[0] for xt in states], [" | ".join(decode(facts, xt)[0]) for xt in states]
 
 
-def frame(x: torch.Tensor, text: str, thoughts: str) -> Image.Image:
-    """Images in a row, the review below, then the chain."""
-    canvas = Image.new("RGB", (760, 206), "white")
-    for i, image in enumerate(x):
-        picture = Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).numpy())
-        canvas.paste(picture.resize((70, 70), Image.Resampling.BICUBIC), (8 + 75 * i, 8))
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(15)
-    draw.multiline_text((8, 90), textwrap.fill(text, 98), fill="black", font=font, spacing=5)
-    draw.text((8, 178), f"733 x 42:  {thoughts}", fill="black", font=font)
-    return canvas.convert("P", palette=Image.Palette.ADAPTIVE, colors=64)
+def forming(runs: Path) -> list[Image.Image]:
+    """Images in a row, the review below, then the chain of a multiplication."""
+    font, frames = ImageFont.load_default(15), []
+    chain = evenly(thinking(runs / "mult/last.pt", "337*24")[1])
+    shown, written = images(runs / "fashionmnist/last.pt"), review(runs / "grammar/diffusion/last.pt")
+    for x, text, thoughts in zip(shown, written, chain, strict=True):
+        canvas = Image.new("RGB", (760, 206), "white")
+        for i, image in enumerate(x):
+            picture = Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).numpy())
+            canvas.paste(picture.resize((70, 70), Image.Resampling.BICUBIC), (8 + 75 * i, 8))
+        draw = ImageDraw.Draw(canvas)
+        draw.multiline_text((8, 90), textwrap.fill(text, 98), fill="black", font=font, spacing=5)
+        draw.text((8, 178), f"733 x 42:  {thoughts}", fill="black", font=font)
+        frames.append(canvas.convert("P", palette=Image.Palette.ADAPTIVE, colors=64))
+    return frames
+
+
+def writing(path: Path) -> list[Image.Image]:
+    """A text as it is written, block by block."""
+    _, model, facts = tokengen.load(path, "cpu")
+    cfg = tokengen.Config(**saved_by(tokengen.Config, path)["config"])
+    cfg = replace(cfg, prompt="JULIET: ", length=300)
+    states = [ids[0] for ids in tokengen.write(cfg, model, tokengen.encode_prompt(cfg, facts)[None])]
+    font, frames = ImageFont.load_default(15), []
+    texts = [tokengen.decode(facts, ids) for ids in evenly(states, 60)]
+    for text in texts:
+        lines = [part for line in text.splitlines() for part in textwrap.wrap(line, 90) or [""]]
+        canvas = Image.new("RGB", (760, 24 + 20 * (2 + texts[-1].count("\n"))), "white")
+        ImageDraw.Draw(canvas).multiline_text((12, 10), "\n".join(lines), fill="black", font=font)
+        frames.append(canvas.convert("P", palette=Image.Palette.ADAPTIVE, colors=16))
+    return frames
+
+
+def sudoku(path: Path) -> Figure:
+    """A solved puzzle, each cell in the colour of the evaluation that settled it; clues are white."""
+    masks, grids = thinking(path, PUZZLE)
+    when = sum(mask.long() for mask in masks).view(9, 9).float()
+    figure = Figure(figsize=(4.6, 4), layout="constrained")
+    ax = figure.subplots()
+    image = ax.imshow(when.masked_fill(when == 0, torch.nan), cmap="viridis_r", alpha=0.6)
+    for cell, digit in enumerate(grids[-1]):
+        row, column = divmod(cell, 9)
+        weight = "bold" if PUZZLE[cell] != "." else "normal"
+        ax.text(column, row, digit, weight=weight, ha="center", va="center")
+    for edge in (2.5, 5.5):
+        ax.axhline(edge, color="black")
+        ax.axvline(edge, color="black")
+    ax.set(xticks=[], yticks=[])
+    figure.colorbar(image, label="settled at evaluation")
+    return figure
+
+
+def save_gif(frames: list[Image.Image], milliseconds: int, path: Path) -> None:
+    times = [milliseconds] * (len(frames) - 1) + [3000]
+    save_picture(frames[0], path, save_all=True, append_images=frames[1:], duration=times, loop=0)
 
 
 def main(cfg: Config) -> None:
     runs, out = Path(cfg.runs), Path(cfg.out)
-    shown = images(runs / "fashionmnist/last.pt")
-    written = review(runs / "grammar/diffusion/last.pt")
-    thought = chain(runs / "mult/last.pt")
-    frames = [frame(*parts) for parts in zip(shown, written, thought, strict=True)]
-    hold = [120] * (FRAMES - 1) + [3000]  # milliseconds
-    frames[0].save(out / "forming.gif", save_all=True, append_images=frames[1:], duration=hold, loop=0)
-    shutil.copy(runs / "fashionmnist/samples/grid.png", out / "fashionmnist.png")
-    shutil.copy(runs / "bench/images/quality.png", out / "quality.png")
-    shutil.copy(runs / "sudoku/samples/focus.png", out / "sudoku.png")
-    shutil.copy(runs / "bench/mult/correct.png", out / "again.png")
-    shutil.copy(runs / "bench/sudoku/correct.png", out / "tries.png")
-    shutil.copy(runs / "bench/mult/curves.png", out / "reason.png")
-    shutil.copy(runs / "shakespeare/samples/focus.gif", out / "writing.gif")
-    shutil.copy(runs / "bench/shakespeare/curves.png", out / "tokens.png")
-    print("wrote", ", ".join(str(path) for path in sorted(out.glob("*.[gp][in][fg]"))))
+    save_gif(forming(runs), 120, out / "forming.gif")
+    save_gif(writing(runs / "shakespeare/last.pt"), 100, out / "writing.gif")
+    sudoku(runs / "sudoku/last.pt").savefig(out / "sudoku.png", dpi=120)
+    for name, source in COPIES.items():
+        shutil.copy(runs / source, out / name)
+    log(f"wrote {', '.join(sorted([*COPIES, 'forming.gif', 'writing.gif', 'sudoku.png']))} to {out}")
 
 
 if __name__ == "__main__":
-    run_script(Config, main, __doc__)
+    run_bench(Config, main, __doc__)
