@@ -11,7 +11,7 @@ from conftest import SHARED
 from huggingface_hub import constants
 
 from common.run import UserError
-from common.tables import hub_or_cache, lines, load_tables, read_text
+from common.tables import lines, load_from_hub, load_tables, read_text
 
 FIELD = SHARED / "field"
 ROWS = [dict(text=f"text {i}", label=str(i % 3), about=f"topic {i}") for i in range(30)]
@@ -322,8 +322,7 @@ def test_without_a_network_the_hub_gives_up_at_once(no_network, caplog):
         load_tables("nobody/nothing")
     assert time.monotonic() - start < 5  # 24 s with the retries of the hub's libraries
     assert "Retrying" not in caplog.text
-    with hub_or_cache():
-        assert constants.HF_HUB_OFFLINE
+    assert load_from_hub(lambda name: constants.HF_HUB_OFFLINE, "name")
     assert not constants.HF_HUB_OFFLINE
 
 
