@@ -314,7 +314,7 @@ class Run:
         with_muon = len(self.opts) > 1
         rate = min(1.0, self.step / (MUON_WARMUP if with_muon else WARMUP))
         if with_muon:  # such a run cools down
-            rate = min(rate, (self.max_steps + 1 - self.step) / (COOLDOWN * self.max_steps))
+            rate = min(rate, (self.max_steps + 1 - self.step) / self.max_steps / COOLDOWN)
         for opt in self.opts:
             opt.param_groups[0]["lr"] = opt.defaults["lr"] * rate
             opt.step()
