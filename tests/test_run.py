@@ -413,6 +413,7 @@ def script(*args, cwd, **settings):
 IMAGEN = [ROOT / "imagen.py", "--dataset", "digits", *TINY, "--save_every", "5", "--out", "run"]
 
 
+@pytest.mark.slow
 def test_ranks_left_in_the_environment_are_not_torchruns(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
