@@ -29,8 +29,9 @@ from tqdm import tqdm
 TORCHRUN = dist.is_torchelastic_launched()  # without it, RANK and WORLD_SIZE are leftovers
 RANK = int(os.environ["RANK"]) if TORCHRUN else 0
 WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
-WARMUP, MUON_WARMUP, COOLDOWN, CLIP, EMA, LOG_EVERY = 100, 200, 0.2, 1.0, 0.999, 50
+WARMUP, COOLDOWN, CLIP, EMA, LOG_EVERY = 100, 0.2, 1.0, 0.999, 50
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+PROGRESS = ("step", "seconds", "losses", "rows")  # attributes of a Run that its checkpoint keeps
 # Settings that a resumed run may change; all others must be those the checkpoint was trained with.
 FREE = frozenset(
     "dataset out data_dir max_steps vae_steps diffusion_steps lr muon_lr precision sample_every save_every "
@@ -113,19 +114,15 @@ def resolve_out(cfg):
     name = data.stem if data.is_file() else data.name
     out = Path(cfg.out.replace("{dataset}", name)).expanduser()
     if data.is_dir() and Path(os.path.abspath(out)).is_relative_to(data):
-        raise UserError(
-            f"--out {out} is inside the data, {data}, and would become data: choose another folder"
-        )
+        raise UserError(f"--out {out} is inside {data}, and would become data: choose another folder")
     return replace(cfg, out=str(out))
 
 
 def pick_device(device=None) -> torch.device:
     """The device asked for; by default cuda or mps where there is one, else cpu."""
-    device = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if TORCHRUN else 0)
-        torch.cuda.set_device(device)
+    device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    if device.type == "cuda" and WORLD > 1:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     return device
 
 
@@ -152,9 +149,7 @@ def write_atomic(path: Path, write) -> None:
     except OSError as error:
         with suppress(OSError):
             tmp.unlink()  # half of a file may fill a disk
-        raise UserError(
-            f"{path} could not be written ({error}); an older file of that name is kept"
-        ) from error
+        raise UserError(f"{path} could not be written, the old one is kept: {error}") from error
 
 
 @contextmanager
@@ -203,7 +198,7 @@ def batch_indices(n: int, batch_size: int, seed: int, step: int) -> Tensor:
 
 
 class Run:
-    """A training run and its folder.
+    """A training run and its folder, which is locked until the end of the `with`.
 
         with Run(cfg, model, facts, device) as run:
             for step, batch in run.steps(len(data)):
@@ -211,28 +206,27 @@ class Run:
 
     run.model is the network to train (under torchrun in a DDP wrapper), run.ema the averaged one to sample
     from. facts: what sampling needs to know about the data; a resumed run must have the same. muon: matrices
-    that Muon trains in place of AdamW; the rates then fall to 0 at the end of the run. free: more settings
-    that a resumed run may change. extra: what sampling needs too, tensors or plain types. A finished run has
-    no steps left. The folder is locked until the end of the `with`. Raises UserError for a folder in use, or
-    that holds another run.
+    that Muon trains in place of AdamW; the rates then fall to 0 at the end of the run. extra: what else
+    sampling needs, tensors or plain types. free: more settings that a resumed run may change. A finished run
+    has no steps left. Raises UserError for a folder in use, or with another run.
     """
 
     def __init__(
-        self, cfg, model, facts, device, *, muon=(), max_steps=None, batch_size=None, free=(), extra=None
+        self, cfg, model, facts, device, *, muon=(), extra=None, free=(), max_steps=None, batch_size=None
     ):
         self.cfg, self.facts, self.extra = cfg, facts, extra or {}
         self.device, self.out = device, Path(cfg.out)
         self.max_steps, self.batch_size = max_steps or cfg.max_steps, batch_size or cfg.batch_size
+        if self.batch_size % WORLD:
+            raise UserError(f"a batch of {self.batch_size} cannot be shared by {WORLD} processes")
         self.net, self.ema = model, copy.deepcopy(model).eval().requires_grad_(False)
-        chosen = set(muon)
-        others = [p for p in model.parameters() if p not in chosen]
+        matrices = set(muon)
+        others = [p for p in model.parameters() if p not in matrices]
         self.opts = [torch.optim.AdamW(others, lr=cfg.lr, weight_decay=0.0, fused=device.type != "mps")]
         if muon:
             self.opts += [torch.optim.Muon(muon, lr=cfg.muon_lr, weight_decay=0.0)]
-        self.step, self.seconds, self.losses = 0, 0.0, []
+        self.step, self.seconds, self.losses, self.rows = 0, 0.0, [], []  # rows: of log.csv
         self.signal, self.handlers = 0, {}
-        if self.batch_size % WORLD:
-            raise UserError(f"a batch of {self.batch_size} cannot be shared by {WORLD} processes")
         self.lock = FileLock(self.out / ".lock")
         try:
             self._open(FREE | set(free))
@@ -269,7 +263,6 @@ class Run:
 
         SIGINT and SIGTERM let the step finish, save and exit; a second one acts at once.
         """
-        self._begin_log()
         share = self.batch_size // WORLD
         with suppress(ValueError):  # not the main thread: then signals are not ours
             self.handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
@@ -311,9 +304,8 @@ class Run:
         """One step of the optimizers on a scalar loss, then of the EMA."""
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), CLIP)
-        with_muon = len(self.opts) > 1
-        rate = min(1.0, self.step / (MUON_WARMUP if with_muon else WARMUP))
-        if with_muon:  # such a run cools down
+        rate = min(1.0, self.step / (WARMUP * len(self.opts)))  # with Muon twice as long
+        if len(self.opts) > 1:
             rate = min(rate, (self.max_steps + 1 - self.step) / self.max_steps / COOLDOWN)
         for opt in self.opts:
             opt.param_groups[0]["lr"] = opt.defaults["lr"] * rate
@@ -328,16 +320,30 @@ class Run:
         if self.step % LOG_EVERY == 0 or self.step == self.max_steps:
             self._log(rate * self.cfg.lr)
 
+    def _log(self, lr: float) -> None:
+        loss, self.losses = torch.stack(self.losses).mean(), []
+        if WORLD > 1:
+            dist.all_reduce(loss)
+        loss = loss.item() / WORLD
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is not finite by step {self.step}; {self.out} keeps the last good one")
+        log(f"step {self.step}/{self.max_steps}  loss {loss:.4f}  {self.seconds:.0f} s")
+        self.rows.append((self.step, loss, lr, self.seconds))
+        if RANK == 0:
+            lines = [f"{step},{loss:.6f},{lr:.3g},{s:.2f}\n" for step, loss, lr, s in self.rows]
+            text = "".join(["step,loss,lr,seconds\n", *lines])
+            write_atomic(self.out / "log.csv", lambda file: file.write(text.encode()))
+
     def save(self) -> None:
         """Write last.pt. UserError for a weight that is not finite."""
         if not all(p.isfinite().all() for p in self.net.parameters()):
             raise UserError(
-                f"weights of step {self.step} are not finite; {self.out} keeps the last good ones"
+                f"step {self.step} has weights that are not finite; {self.out} keeps the last good"
             )
         state = dict(script=self.cfg.script, config=asdict(self.cfg), facts=self.facts, extra=self.extra)
-        state |= dict(step=self.step, seconds=self.seconds, losses=[loss.item() for loss in self.losses])
         state |= dict(model=self.net.state_dict(), ema=self.ema.state_dict())
         state |= dict(opts=[opt.state_dict()["state"] for opt in self.opts])
+        state |= {name: getattr(self, name) for name in PROGRESS}
         if RANK == 0:
             write_atomic(self.out / "last.pt", lambda file: torch.save(state, file))
 
@@ -350,38 +356,15 @@ class Run:
             self.ema.load_state_dict(old["ema"])
             for opt, state in zip(self.opts, old["opts"], strict=True):
                 opt.load_state_dict(opt.state_dict() | dict(state=state))
-            self.step, self.seconds = old["step"], old["seconds"]
-            self.losses = [torch.tensor(loss, device=self.device) for loss in old["losses"]]
+            for name in PROGRESS:
+                setattr(self, name, old[name])
+            self.losses = [loss.to(self.device) for loss in self.losses]
         log(f"loaded {path}, step {self.step} of {self.max_steps}")
 
-    def _begin_log(self) -> None:
-        """Start log.csv, or cut from it the rows after the checkpoint, which will be written again."""
-        path, rows = self.out / "log.csv", []
-        if self.step and path.exists():
-            rows = [row for row in path.read_text().splitlines() if row.partition(",")[0].isdigit()]
-            rows = [row for row in rows if int(row.partition(",")[0]) <= self.step]
-        text = "\n".join(["step,loss,lr,seconds", *rows, ""])
-        if RANK == 0:
-            write_atomic(path, lambda file: file.write(text.encode()))
-
-    def _log(self, lr: float) -> None:
-        loss, self.losses = torch.stack(self.losses).mean(), []
-        if WORLD > 1:
-            dist.all_reduce(loss)
-        loss = loss.item() / WORLD
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is not finite by step {self.step}; {self.out} keeps the last good weights"
-            )
-        log(f"step {self.step}/{self.max_steps}  loss {loss:.4f}  {self.seconds:.0f} s")
-        if RANK == 0:
-            with open(self.out / "log.csv", "a") as file:
-                file.write(f"{self.step},{loss:.6f},{lr:.3g},{self.seconds:.2f}\n")
-
     def _draw_curve(self) -> None:
-        rows = [line.split(",") for line in (self.out / "log.csv").read_text().splitlines()[1:]]
+        steps, losses, *_ = zip(*self.rows, strict=True)
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.subplots()
-        axes.semilogy([int(row[0]) for row in rows], [float(row[1]) for row in rows])
+        axes.semilogy(steps, losses)
         axes.set(xlabel="step", ylabel="training loss")
         figure.savefig(self.out / "curve.png", dpi=120)

@@ -43,13 +43,14 @@ class Config:
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    for name, value in dict(WARMUP=4, MUON_WARMUP=4, EMA=0.9, LOG_EVERY=3).items():
+    for name, value in dict(WARMUP=4, EMA=0.9, LOG_EVERY=3).items():
         monkeypatch.setattr(runs, name, value)
 
 
 def begin(cfg, inputs=3, samples=32):
     torch.manual_seed(cfg.seed)
     net = torch.nn.Linear(inputs, 1)
+    runs.WARMUP = 2 if cfg.muon_lr else 4  # which is four steps: with Muon it is twice as long
     return Run(cfg, net, dict(samples=samples), CPU, muon=[net.weight] if cfg.muon_lr else [])
 
 
@@ -81,7 +82,7 @@ def same(a: Path, b: Path) -> bool:
         return torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
 
     a, b = (torch.load(p / "last.pt", weights_only=True) for p in (a, b))
-    return all(equal(a[k], b[k]) for k in a.keys() - {"config", "seconds"})
+    return all(equal(a[k], b[k]) for k in a.keys() - {"config", "seconds", "rows"})
 
 
 # -- the loop --------------------------------------------------------------------------------------------
@@ -204,7 +205,7 @@ def test_write_atomic_leaves_the_old_file_where_the_new_one_fails(tmp_path):
         file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(UserError, match="f could not be written .*No space left"):
+    with pytest.raises(UserError, match="f could not be written.*No space left"):
         write_atomic(path, write)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
     os.link(path, tmp_path / "reader")  # as a reader that has the old file open
@@ -390,7 +391,7 @@ def test_the_folder_of_a_run_has_the_name_of_its_data(tmp_path, monkeypatch):
     for dataset, name in names.items():
         assert resolve_out(Config("out/{dataset}", dataset)).out == f"out/{name}"
     assert resolve_out(Config("~/runs", "digits")).out == str(tmp_path / "home/runs")
-    with pytest.raises(UserError, match="inside the data"):
+    with pytest.raises(UserError, match="would become data"):
         resolve_out(Config("data.v1.2/out", "data.v1.2"))
 
 
