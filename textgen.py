@@ -12,7 +12,7 @@ Both stages are PLANNER's, 2306.02531. The mathematics is in diffusion.py, the V
         print(text)
 """
 
-import hashlib
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -40,7 +40,7 @@ from tasks import grammar
 from vae import TextVAE, pretrained_backbones, small_backbones, untrained_backbones
 
 T = 1000  # timesteps of the forward process
-
+LABEL_DROP = 0.1  # share of the conditions that are dropped in training, for guidance
 
 BASE = dict(encoder="bert-base-uncased", decoder="gpt2", max_tokens=256, k=16, span=16, latent_noise=0.3)
 BASE |= dict(vae_steps=50_000, vae_batch=128, shift=2.0, width=768, depth=12, lr=1e-4)
@@ -64,7 +64,7 @@ class Config:
     vae_width: int = 192  # scratch: width of encoder and decoder
     vae_depth: int = 3  # scratch: blocks of encoder and decoder
     k: int = 28  # latents of a text
-    latent_width: int = 256
+    latent_width: int = 256  # of each latent
     span: int = 2  # neighbouring states of the encoder that make a latent; k * span should cover a text
     pool: Literal["mean", "concat"] = "mean"  # of a span; concat keeps the order, mean needs fewer texts
     variance: Literal["fixed", "learned"] = "fixed"  # of the latents; learned is PLANNER's, with a KL
@@ -77,7 +77,6 @@ class Config:
     condition: str = "label"  # label, none, prefix (the piece before), or a column of texts; up to max_tokens
     shift: float = 4.0  # above 1: more of the steps at high noise
     self_condition: float = 0.9  # share of steps in which the denoiser sees its first guess
-    label_drop: float = 0.1  # share of the conditions that are dropped, for guidance
     width: int = 192  # width of the denoiser
     depth: int = 6  # blocks of the denoiser
     diffusion_steps: int = 2500  # optimizer steps of the diffusion
@@ -89,8 +88,8 @@ class Config:
     sampler: Literal[tuple(SAMPLERS)] = "dpm++"  # DPM-Solver++(2M), DDIM, DDPM or EDM's Heun
     steps: int = 20  # evaluations of the denoiser (twice as many with guidance)
     guidance: float = 2.0  # classifier-free guidance: 0 is off, 4 is strong
-    prompt: str | None = None  # where the condition is a text: that text
-    samples: int = 4  # texts for each class, or for each text of the condition
+    prompt: str | None = None  # with --load, where the condition is a text: that text
+    samples: int = 4  # texts for each class, or for each condition
     score_n: int = 200  # texts of a score; 0 is no score
     # the run
     out: str = "out/{dataset}"  # folder
@@ -111,7 +110,7 @@ class Config:
     def __post_init__(self):
         check_range(self, "max_tokens k latent_width span vocab width vae_width depth vae_depth vae_steps", 1)
         check_range(self, "vae_batch diffusion_steps diffusion_batch samples sample_every save_every", 1)
-        check_range(self, "p_max self_condition label_drop", 0, 1)
+        check_range(self, "p_max self_condition", 0, 1)
         check_range(self, "latent_noise beta guidance score_n", 0)
         check_range(self, "steps", 1, T)
         check_range(self, "shift", 0.01)
@@ -120,12 +119,12 @@ class Config:
 
     @property
     def reads_text(self) -> bool:
-        """Whether the condition is a text: the text before, or that of a column."""
+        """Whether the condition is a text: the piece before, or that of a column."""
         return self.condition not in ("label", "none")
 
 
 # A VAE serves several diffusions.
-FREE_IN_VAE = set("condition shift self_condition label_drop width depth diffusion_batch".split())
+FREE_IN_VAE = set("condition shift self_condition width depth diffusion_batch".split())
 
 
 # -- the parts -------------------------------------------------------------------------------------------
@@ -141,9 +140,8 @@ def build_vae(cfg: Config, facts: dict, device: torch.device) -> TextVAE:
         parts = untrained_backbones(*facts["backbones"])
     else:
         parts = load_from_hub(pretrained_backbones, cfg.encoder, cfg.decoder)
-    how = dict(span=cfg.span, pool=cfg.pool, variance=cfg.variance, noise=cfg.latent_noise)
-    how |= dict(beta=cfg.beta, p_max=cfg.p_max)
-    vae = TextVAE(*parts, cfg.k, cfg.latent_width, tokenizer.eos_token_id, **how)
+    how = cfg.span, cfg.pool, cfg.variance, cfg.latent_noise, cfg.beta, cfg.p_max
+    vae = TextVAE(*parts, cfg.k, cfg.latent_width, tokenizer.eos_token_id, *how)
     check_parts(cfg, vae, longest)
     return vae.to(device)
 
@@ -268,8 +266,7 @@ def held_out_nats(vae: TextVAE, ids: Tensor, target: Tensor) -> str:
 def train_diffusion(cfg: Config, facts: dict, vae: TextVAE, train: list, test: list, ids: Tensor) -> None:
     """Train the denoiser, or load it where it is finished, on the latents of ids (N, L), those of `train`."""
     weights, given = {name: w.cpu() for name, w in vae.state_dict().items()}, conditions(cfg, train)
-    source = [w.numpy().tobytes() for w in weights.values()] + [repr(given).encode()]
-    facts = facts | dict(stage="diffusion", source=hashlib.sha256(b"".join(source)).hexdigest()[:12])
+    facts = facts | dict(stage="diffusion", vae=[w.flatten()[0].item() for w in weights.values()])
     z = encode_all(vae, ids)
     mean, std = z.mean(0), z.std(0).clamp(min=1e-3)
     writer = Writer(cfg, facts, vae, mean, std)
@@ -279,7 +276,7 @@ def train_diffusion(cfg: Config, facts: dict, vae: TextVAE, train: list, test: l
     with Run(cfg, writer.model, facts, writer.device, extra=extra, **sizes) as run:
         writer.model = run.ema
         for step, batch in run.steps(len(z)):
-            y_batch = drop_condition(rows_of(y, batch), cfg.label_drop)
+            y_batch = drop_condition(rows_of(y, batch), LABEL_DROP)
             with autocast(writer.device, cfg.precision):
                 loss = writer.process.loss(run.model, z[batch], y_batch).mean()
             run.update(loss)
@@ -324,11 +321,11 @@ def score(writer: Writer, train: list[texts.Row], test: list[texts.Row]) -> None
     log(f"\nscore of n={len(real)}: BLEU of reconstructions {scores.bleu(copies, real):.1f}")
     log(f"  {held_out_nats(writer.vae, ids, target)}")
     if labelled := len(writer.facts["names"]) > 1:
-        classify = scores.text_classifier(*list(zip(*train, strict=True))[:2])
+        classify = scores.text_classifier([row[0] for row in train], [row[1] for row in train])
     known = shuffled(train, cfg.seed)[:n]
     new = [(text, *row[1:]) for row, text in zip(known, writer.sample(conditions(cfg, known)), strict=True)]
     for name, rows in {"samples": new, "training": known, "held out": test[:n]}.items():
-        written, labels = [text for text, _, _ in rows], [label for _, label, _ in rows]
+        written, labels = [row[0] for row in rows], [row[1] for row in rows]
         line = f"  {name:9} dist-2 {scores.dist2(written):.3f}"
         if labelled:
             line += f"  label {scores.agreement(classify(written), labels):.3f}"
@@ -340,9 +337,8 @@ def score(writer: Writer, train: list[texts.Row], test: list[texts.Row]) -> None
 
 
 def shuffled(rows: list, seed: int) -> list:
-    return [
-        rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    ]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return [rows[i] for i in order.tolist()]
 
 
 # -- main ------------------------------------------------------------------------------------------------
@@ -356,8 +352,6 @@ def check_settings(cfg: Config) -> None:
         raise UserError(f"--k {cfg.k} --span {cfg.span} must just cover --max_tokens {cfg.max_tokens}")
     if (cfg.encoder == "scratch") != (cfg.decoder == "scratch"):
         raise UserError("--encoder and --decoder: both scratch, or both pretrained")
-    if cfg.guidance and not cfg.label_drop and cfg.condition != "none":
-        raise UserError("--guidance needs --label_drop above 0 in training: or choose --guidance 0")
 
 
 def load_texts(cfg: Config) -> texts.Texts:
@@ -373,7 +367,7 @@ def tokenizers(facts: dict) -> list:
 
 def tensors(cfg: Config, encoder, decoder, rows: list[texts.Row]) -> tuple[Tensor, Tensor]:
     """The encoder's ids and the decoder's targets of rows, (N, max_tokens) each."""
-    x = [text for text, _, _ in rows]
+    x = [row[0] for row in rows]
     return texts.encode(encoder, x, cfg.max_tokens), texts.encode(decoder, x, cfg.max_tokens, end=True)
 
 
@@ -396,17 +390,18 @@ def train(cfg: Config) -> None:
         with open_checkpoint(path, Config) as saved:
             facts = saved["facts"] | facts
     elif cfg.encoder == "scratch":
-        tokenizer = texts.train_tokenizer([text for text, _, _ in data.train], cfg.vocab)
-        facts |= dict.fromkeys(("encoder", "decoder"), texts.to_json(tokenizer))
+        tokenizer = texts.train_tokenizer([row[0] for row in data.train], cfg.vocab)
+        facts["encoder"] = facts["decoder"] = texts.to_json(tokenizer)
     else:
-        for side, name in dict(encoder=cfg.encoder, decoder=cfg.decoder).items():
-            facts[side] = texts.to_json(texts.pretrained_tokenizer(name))
+        facts["encoder"] = texts.to_json(texts.pretrained_tokenizer(cfg.encoder))
+        facts["decoder"] = texts.to_json(texts.pretrained_tokenizer(cfg.decoder))
     both = tokenizers(facts)
     known, held_out = pieces(cfg, *both, data)
     vae = build_vae(cfg, facts, pick_device())
     configs = [part.config.to_json_string(use_diff=False) for part in (vae.encoder, vae.decoder)]
     facts, inputs = dict(backbones=configs) | facts, tensors(cfg, *both, known)
     vae = train_vae(cfg, facts, vae, inputs, tensors(cfg, *both, held_out))
+    facts |= dict(conditions=data.checksum(conditions=True))
     train_diffusion(cfg, facts, vae, known, held_out, inputs[0])
 
 
@@ -416,6 +411,7 @@ def main(cfg: Config) -> None:
         return train(resolve_out(cfg))
     writer = load(cfg.load, cfg=cfg)
     tag = f"{cfg.sampler}_{cfg.steps}_guidance{cfg.guidance:g}_seed{cfg.seed}"
+    tag += f"_{zlib.crc32(cfg.prompt.encode()):08x}" if cfg.prompt else ""
     save_text(sample_lines(writer, []), Path(cfg.load).expanduser().parent / f"samples/{tag}.txt")
     if cfg.score_n:
         data = load_texts(cfg)

@@ -457,7 +457,6 @@ def test_without_a_network_pretrained_parts_are_refused_at_once(tmp_path, cli, m
         "--width 100",
         "--span 15",
         "--span 22",
-        "--label_drop 0",
         "--prompt hello",
         "--condition weather",
         "--text_column weather",
