@@ -39,7 +39,7 @@ class LabelGPT(ConditionedGPT):
     """A GPT-2 that reads a class label y (B,), -1 for none, as one embedded vector."""
 
     def __init__(self, decoder, classes: int, eos: int):
-        label = nn.Embedding(classes + 1, decoder.config.n_embd)  # row 0 is "no label"
+        label = nn.Embedding(classes + 1, decoder.get_input_embeddings().embedding_dim)  # row 0 is "no label"
         super().__init__(decoder, eos)
         self.label = label
 

@@ -207,7 +207,8 @@ class Writer:
     def __init__(self, cfg: reason.Config, facts: dict, problems: Problems):
         self.facts, self.V, self.precision = facts, len(facts["alphabet"]) + 1, cfg.precision
         chains = [thoughts for _, thoughts in problems.train]
-        self.fixed = all(list(map(len, map(self.plain, chain))) == facts["widths"][1:] for chain in chains)
+        widths = {tuple(len(thought.replace("####", MARK)) for thought in chain) for chain in chains}
+        self.fixed = widths == {tuple(facts["widths"][1:])}
         self.target = self.encode(chains)  # (N, L)
         self.questions = self.ask([question for question, _ in problems.train])  # (N, q)
         axes = facts["axes"]
@@ -215,10 +216,6 @@ class Writer:
         longest = self.questions.shape[1] + self.target.shape[1] + 1
         torch.manual_seed(cfg.seed)
         self.model = QuestionGPT(small_gpt(self.V + 1, cfg.width, cfg.depth, longest), layout)
-
-    @staticmethod
-    def plain(thought: str) -> str:
-        return thought.replace("####", MARK)
 
     def ask(self, questions: list[str]) -> Tensor:
         """Ids (N, q) of questions."""
@@ -229,7 +226,7 @@ class Writer:
         number = {c: i for i, c in enumerate(self.facts["alphabet"], 1)}
         end, rows = [] if self.fixed else [END], []
         for chain in chains:
-            ids = sum([[number[c] for c in self.plain(thought)] + end for thought in chain], [])
+            ids = sum([[number[c] for c in thought.replace("####", MARK)] + end for thought in chain], [])
             rows.append(torch.tensor([*ids, self.V]))
         return pad_sequence(rows, batch_first=True, padding_value=-100)
 
@@ -237,10 +234,8 @@ class Writer:
         """The thoughts in the ids of one chain, up to its answer."""
         row = row[: row.index(self.V)] if self.V in row else row
         text = "".join(("\0" + self.facts["alphabet"])[i] for i in row)
-        letters = iter(text)
-        parts = text.split("\0")
-        if self.fixed:
-            parts = ["".join(islice(letters, width)) for width in self.facts["widths"][1:]]
+        letters, widths = iter(text), self.facts["widths"][1:] if self.fixed else []
+        parts = ["".join(islice(letters, width)) for width in widths] or text.split("\0")
         chain = [part.replace(MARK, "####") for part in parts if part]
         ends = [i for i, thought in enumerate(chain, 1) if thought.startswith("####")]
         return chain[: ends[0]] if ends else chain
@@ -257,13 +252,11 @@ class Writer:
         """Greedy chains; those that the check refuses are drawn anew, at most n - 1 times."""
         chains = self.chains(questions)
         for i in range(1, n):
-            pairs = enumerate(zip(questions, chains, strict=True))
-            left = [j for j, (question, chain) in pairs if not check(question, chain)]
+            left = [j for j, question in enumerate(questions) if not check(question, chains[j])]
             torch.manual_seed(i)
             if left:
                 again = self.chains([questions[j] for j in left], top_p=1.0)
-            for j, chain in zip(left, again if left else [], strict=True):
-                chains[j] = chain
+                chains = [again[left.index(j)] if j in left else chain for j, chain in enumerate(chains)]
         return chains
 
 
@@ -278,9 +271,8 @@ def train_gpt(cfg: Config, run: reason.Config, problems: Problems, device) -> tu
     def score(ema) -> float:
         return share(right_of(partial(writer.chains, model=ema), problems, 200))
 
-    with TimedRun(
-        run, model, facts, device, muon=muon, limit=cfg.seconds, score=score, every=cfg.every
-    ) as timed:
+    ends = dict(limit=cfg.seconds, score=score, every=cfg.every)
+    with TimedRun(run, model, facts, device, muon=muon, **ends) as timed:
         for _, batch in timed.steps(len(q)):
             asked, wanted = q[batch], target[batch]
             if problems.symmetry:  # as ours: any symmetry of a grid, with any of its cells open
@@ -358,10 +350,10 @@ def compare(cfg: Config, problems: Problems, device: torch.device) -> None:
 # -- self-correction -------------------------------------------------------------------------------------
 
 
-def spoil(thought: str, digits: str, rng: random.Random) -> str:
-    """The thought with one of its digits changed to another of `digits`."""
-    at = rng.choice([i for i, c in enumerate(thought) if c in digits])
-    return thought[:at] + rng.choice([d for d in digits if d != thought[at]]) + thought[at + 1 :]
+def spoil(thought: str, rng: random.Random) -> str:
+    """The thought with one of its digits changed to another."""
+    at = rng.choice([i for i, c in enumerate(thought) if c.isdigit()])
+    return thought[:at] + rng.choice([d for d in "0123456789" if d != thought[at]]) + thought[at + 1 :]
 
 
 def rounds(cfg: Config, run: reason.Config, model, problems: Problems, ids: Tensor) -> list[str]:
@@ -389,8 +381,9 @@ def self_correction(cfg: Config, problems: Problems, device: torch.device) -> No
     A row for each thought, of a model trained on true thoughts and of one trained on snapshots of its own.
     """
     facts, rows = problems.facts, []
-    digits = "".join(c for c in facts["alphabet"] if c.isdigit())
-    few = replace(problems, test=with_digits(problems, digits)[: cfg.score_n])
+    if cfg.dataset != "mult":
+        raise UserError(f"--correct spoils a digit of a partial product: it is for mult, not {cfg.dataset}")
+    few = replace(problems, test=problems.test[: cfg.score_n])
     for snapshot in (0.0, 0.5):
         run = in_folder(cfg, f"snapshot{snapshot:g}", snapshot=snapshot, max_steps=cfg.run.max_steps)
         reason.train(run, problems, device)
@@ -398,7 +391,7 @@ def self_correction(cfg: Config, problems: Problems, device: torch.device) -> No
         for i in range(min(len(chain) for _, chain in few.test)):
             chains = [(question, list(chain)) for question, chain in few.test]
             for _, chain in chains if i else []:
-                chain[i - 1] = spoil(chain[i - 1], digits, rng)
+                chain[i - 1] = spoil(chain[i - 1], rng)
             ids = torch.cat(reason.columns(facts, chains), dim=1).to(device)
             ids[:, sum(facts["widths"][: i + 1]) :] = model.mask_id
             row = {"snapshot": snapshot, "spoilt": f"thought {i}" if i else "nothing"}
@@ -406,19 +399,6 @@ def self_correction(cfg: Config, problems: Problems, device: torch.device) -> No
             rows.append(row | {f"round {i}" if i else "chain": cell for i, cell in enumerate(cells)})
     log(f"n={len(few.test)}; {cfg.remask[0]:g} of the tokens are masked again; right answers (evaluations)")
     print_table(rows)
-
-
-def with_digits(problems: Problems, digits: str) -> list:
-    """The test problems of which each thought before the answer has a digit."""
-    chosen = []
-    for question, chain in problems.test:
-        if len(chain) > 1 and all(set(thought) & set(digits) for thought in chain[:-1]):
-            chosen.append((question, chain))
-    if not chosen or len(digits) < 2:
-        raise UserError(
-            "no test problem has a thought with a digit before its answer: choose another --dataset"
-        )
-    return chosen
 
 
 def main(cfg: Config) -> None:

@@ -36,6 +36,7 @@ class TimedRun(Run):
     def __init__(self, *args, limit: float, score, every: int, early_stop: bool = False, **settings):
         super().__init__(*args, extra=dict(curve=[], limit=0.0), **settings)
         self.limit, self.score, self.every, self.early_stop = limit, score, every, early_stop
+        self.most = self.max_steps
         if self.step:
             self.extra = saved_by(type(self.cfg), self.out / "last.pt")["extra"]
         self.curve = self.extra["curve"]
@@ -45,12 +46,14 @@ class TimedRun(Run):
             return
         for step, batch in super().steps(n):
             if step > 1:  # as many as fit, so that the learning rates know where the end is
-                self.max_steps = max(step, math.ceil((step - 1) * self.limit / self.seconds))
+                fit = max(step, math.ceil((step - 1) * self.limit / self.seconds))
+                self.max_steps = min(self.most, fit)
             yield step, batch
             if step % self.every == 0 or step == self.max_steps:
                 self.curve.append((step, self.seconds, self.score(self.ema)))
                 log(f"  {self.out}, step {step}, {self.seconds:.0f} s: {self.curve[-1][2]:.4f}")
-                if self.early_stop and self.curve[-2:][0][2] < self.curve[-1][2]:
+                if self.early_stop and self.curve[-2:][0][2] < self.curve[-1][2] and step < self.max_steps:
+                    self._log(self.cfg.lr)
                     self.max_steps = step
             if step == self.max_steps:
                 self.extra["limit"] = self.limit

@@ -122,9 +122,8 @@ class Finished:
     @staticmethod
     def load(path, device: torch.device) -> "Finished":
         folder, writer = Path(path).parent, textgen.load(path, device)
-        train, test = textgen.pieces(
-            writer.cfg, writer.encoder, writer.decoder, textgen.load_texts(writer.cfg)
-        )
+        cfg = writer.cfg
+        train, test = textgen.pieces(cfg, writer.encoder, writer.decoder, textgen.load_texts(cfg))
         stages = (folder / "last.pt", folder.parent / "vae/last.pt")
         seconds = sum(saved_by(textgen.Config, stage)["seconds"] for stage in stages)
         return Finished(folder, writer, train, test, seconds)
@@ -132,11 +131,10 @@ class Finished:
     def rows(self, n: int) -> dict[str, tuple[list[str], list[int]]]:
         """Texts and labels: new ones under the conditions of n training texts, these, and held-out ones."""
         known = textgen.shuffled(self.train, self.writer.cfg.seed)[:n]
-        rows, labels = {}, [label for _, label, _ in known]
-        rows["samples"] = self.writer.sample(textgen.conditions(self.writer.cfg, known)), labels
-        rows["training"] = [text for text, _, _ in known], labels
-        rows["held out"] = tuple(map(list, zip(*[row[:2] for row in self.test[:n]], strict=True)))
-        return rows
+        rows = {"samples": known, "training": known, "held out": self.test[:n]}
+        rows = {name: ([row[0] for row in part], [row[1] for row in part]) for name, part in rows.items()}
+        new = self.writer.sample(textgen.conditions(self.writer.cfg, known))
+        return rows | {"samples": (new, rows["training"][1])}
 
     def tensors(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """The encoder's ids and the decoder's targets of rows, (N, max_tokens) each."""
@@ -182,25 +180,21 @@ def score_vae(run: Finished, rows: Rows) -> None:
     log(f"nats per token under {', '.join(nats)}")
 
 
-def guess(run: Finished, x0: Tensor, y, t: int) -> Tensor:
-    """The denoiser's guess, in one evaluation, of standardised latents x0 (N, k, d) noised to step t."""
-    writer, process = run.writer, run.writer.process
-    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(writer.cfg.seed))
-    xt = (process.a[t] * x0 + process.s[t] * eps).to(writer.device)
-    y = textgen.rows_of(y, slice(None))
-    return process.guess(writer.model, xt, torch.full((len(x0),), t, device=writer.device), y).cpu()
-
-
 @torch.no_grad()
 def score_denoiser(run: Finished, rows: Rows) -> None:
-    """Print AuBLEU: the area under the BLEU of texts written from `guess`, over alpha_bar. PLANNER."""
-    writer, (ids, target) = run.writer, run.tensors(rows)
-    real, y = texts.decode(writer.decoder, target), writer.condition(textgen.conditions(writer.cfg, rows))
+    """Print AuBLEU: the area, over alpha_bar, under the BLEU of texts written from noised latents. PLANNER.
+
+    The denoiser guesses the clean latents in one evaluation.
+    """
+    writer, (ids, target), points = run.writer, run.tensors(rows), []
+    process, real = writer.process, texts.decode(writer.decoder, target)
+    y = textgen.rows_of(writer.condition(textgen.conditions(writer.cfg, rows)), slice(None))
     x0 = (textgen.encode_all(writer.vae, ids) - writer.mean) / writer.std
-    points = []
+    eps = torch.randn(x0.shape, generator=torch.Generator().manual_seed(writer.cfg.seed))
     for t in range(textgen.T, 0, -textgen.T // 10):
-        written = writer.write(guess(run, x0, y, t))
-        points.append((writer.process.a[t] ** 2, scores.bleu(written, real)))
+        xt = (process.a[t] * x0 + process.s[t] * eps).to(writer.device)
+        guess = process.guess(writer.model, xt, torch.full((len(x0),), t, device=writer.device), y)
+        points.append((process.a[t] ** 2, scores.bleu(writer.write(guess.cpu()), real)))
     points.append((1.0, scores.bleu(writer.write(x0), real)))
     log(f"AuBLEU {area(points):.1f} of {points[-1][1]:.1f}, n={len(real)}; by alpha_bar:")
     log(", ".join(f"{alpha_bar:.2f}: {bleu:.1f}" for alpha_bar, bleu in points))
@@ -350,7 +344,7 @@ def diffusion_speed(bench: Config, device) -> None:
     stored = torch.randn(B, cfg.k, cfg.latent_width, device=device)
 
     def loss(z: Tensor = stored) -> Tensor:
-        return process.loss(denoiser, z, drop_condition(y, cfg.label_drop)).mean()
+        return process.loss(denoiser, z, drop_condition(y, textgen.LABEL_DROP)).mean()
 
     def loss_on_the_fly() -> Tensor:
         with torch.no_grad():
