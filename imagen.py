@@ -163,11 +163,13 @@ def film(cfg: Config, process: Diffusion, model, facts: dict) -> list:
 
 
 def score(cfg: Config, process: Diffusion, model, images: Images, folder: Path) -> None:
-    """Log how cfg.score_n samples compare with the test images; the classifier is kept in the folder."""
+    """Log how cfg.score_n samples, if any, compare with the test images; the folder keeps the classifier."""
+    if not cfg.score_n:
+        return
     net = load_classifier(images, folder / "classifier.pt", process.a_table.device)
     order = torch.randperm(len(images.y), generator=torch.Generator().manual_seed(cfg.seed))
     y = images.y[order[: cfg.score_n]]
-    samples = draw(cfg, process, model, images.facts["shape"], y)
+    samples = draw(cfg, process, model, images.x.shape[1:], y)
     how = f"{cfg.sampler}, {cfg.steps} steps, guidance {cfg.guidance:g}, seed {cfg.seed}"
     log(f"score of n={len(y)} against {len(images.x_test)} test images ({how}):")
     log(f"  {score_images(samples, y, images, net)}")
@@ -193,17 +195,18 @@ def train(cfg: Config, images: Images, device: torch.device) -> None:
             names, rows = draw_rows(cfg, process, run.ema, facts)
             save_picture(picture(names, rows), run.out / "samples/grid.png")
             save_film(film(cfg, process, run.ema, facts), run.out / "samples/film.gif")
-            if cfg.score_n and facts["names"]:
+            try:
                 score(cfg, process, run.ema, images, run.out)
+            except UserError as error:  # too few images or classes, which is no reason not to train
+                log(f"no score: {error}")
             log(f"wrote {run.out}; more samples: python imagen.py --load {run.out / 'last.pt'} --samples 20")
 
 
 def main(cfg: Config) -> None:
     if not cfg.load or cfg.score_n:
         images = load_images(cfg.dataset, cfg.data_dir, cfg.image_size)
-        shape, names = images.facts["shape"], images.names
-        what = f"{len(images.x)} training and {len(images.x_test)} test images of {shape}"
-        log(f"{cfg.dataset}: {what}, classes {', '.join(names[:20]) or 'none'}")
+        what = f"{len(images.x)} training and {len(images.x_test)} test images {tuple(images.x.shape[1:])}"
+        log(f"{cfg.dataset}: {what}, classes {', '.join(images.names[:20]) or 'none'}")
     if not cfg.load:
         return train(resolve_out(cfg), images, pick_device())
     process, model, facts = load(cfg.load, cfg=cfg)
