@@ -1,4 +1,4 @@
-"""Text by masked diffusion of its characters in blocks: a bound on its likelihood, new text, filled gaps.
+"""Text by masked diffusion in blocks of characters: a bound on its likelihood, new text, filled gaps.
 
     python tokengen.py --dataset manual          Python's own manual: no download
     python tokengen.py                           Tiny Shakespeare; or --dataset book.txt
@@ -10,7 +10,8 @@ Blocks of 1 are autoregression, a block as long as the window is plain masked di
 
 import hashlib
 import math
-from dataclasses import dataclass, replace
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -18,12 +19,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blocks import Layout, TokenTransformer, bound, generate, hide
-from common.run import Run, UserError, autocast, load_checkpoint, pick_device, reading, run_script, log, save_text
+from blocks import Layout, TokenTransformer, bound, draw_masks, generate
+from common.run import (
+    Run,
+    UserError,
+    autocast,
+    check_range,
+    is_builtin,
+    log,
+    open_checkpoint,
+    pick_device,
+    resolve_out,
+    run_script,
+    save_text,
+)
+from common.tables import lines, read_text
 from common.texts import from_json, to_json, train_tokenizer
 from diffusion import Masked
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 @dataclass(frozen=True)
@@ -42,7 +57,7 @@ class Config:
     block: int = 16  # tokens of a block, which divides the window
     # denoiser
     width: int = 128  # width of the transformer
-    depth: int = 6  # number of blocks
+    depth: int = 6  # number of blocks of the transformer
     # optimisation
     max_steps: int = 5000  # optimizer steps
     batch_size: int = 32  # windows per step, over all processes
@@ -53,15 +68,15 @@ class Config:
     order: Literal["confident", "random"] = "confident"  # in which tokens are unmasked
     steps: int = 16  # evaluations of the denoiser for each block
     temperature: float = 0.8  # of the tokens that are drawn; 0 takes the likeliest
-    prompt: str = ""  # with --load: what a sample begins with
+    prompt: str = ""  # what a sample begins with
     gap: str | None = None  # character of the prompt that stands for a token to fill in
     length: int = 400  # tokens of a sample; with --lines at most the window
-    n: int = 3  # samples
+    samples: int = 3  # texts to write
     score_n: int = 1000  # held-out windows of a score; 0 is no score
     # the run
     out: str = "out/{dataset}"  # folder
     seed: int = 0  # of weights, batches, masks and samples
-    sample_every: int = 500  # steps between evaluations on 100 held-out windows
+    sample_every: int = 500  # steps between scores on 100 held-out windows
     save_every: int = 250  # steps between checkpoints
     resume: bool = False  # continue the run in the folder
     load: str | None = None  # write from this checkpoint, do not train
@@ -69,39 +84,58 @@ class Config:
     script: ClassVar = "tokengen"
     RECIPES: ClassVar = {}
 
+    def __post_init__(self):
+        check_range(self, "max_steps batch_size block width depth sample_every save_every", 1)
+        check_range(self, "steps length samples", 1)
+        check_range(self, "score_n seed vocab", 0)
+        check_range(self, "window", 2)
+        check_range(self, "temperature", 0, 100)
+        if 0 < self.vocab < 300:
+            raise UserError(f"--vocab must be at least 300, or 0 for characters; got {self.vocab}")
+        if self.window % self.block or self.width % 16:
+            raise UserError(f"--block must divide the --window of {self.window}, and 16 the --width")
+        if self.gap is not None and (len(self.gap) != 1 or self.gap not in self.prompt):
+            raise UserError(f"--gap must be one character of the --prompt, got {self.gap!r}")
+
 
 # -- text as ids -----------------------------------------------------------------------------------------
 
 
-def load_text(dataset: str, data_dir: str) -> tuple[str, str]:
+def load_text(cfg: Config) -> tuple[str, str]:
     """The first nine tenths of a text, for training, and the held-out rest: nanoGPT's split."""
-    path = Path(data_dir) / "shakespeare.txt" if dataset == "shakespeare" else Path(dataset)
-    if dataset == "shakespeare" and not path.exists():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(SHAKESPEARE, path, progress=False)
-        except OSError as error:
-            raise UserError(f"{SHAKESPEARE} could not be loaded ({error}): try --dataset manual") from error
-    if dataset == "manual":
+    builtin = is_builtin(cfg.dataset, ("shakespeare", "manual"))
+    if cfg.dataset == "manual":
         from pydoc_data.topics import topics
 
         text = "\n\n".join(topics[name] for name in sorted(topics))
     else:
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is not a text file in UTF-8 ({error})") from error
+        path = shakespeare(cfg.data_dir) if builtin else Path(cfg.dataset).expanduser()
+        text = "\n".join(lines(read_text(path)))
+    if cfg.lines:
+        text = re.sub(r"\s*\n", "\n", text)  # a blank line is no text
     n = int(0.9 * len(text))
     return text[:n], text[n:]
 
 
+def shakespeare(data_dir: str) -> Path:
+    """The path of Tiny Shakespeare, which is downloaded once."""
+    path = Path(data_dir).expanduser() / "shakespeare.txt"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            torch.hub.download_url_to_file(SHAKESPEARE, str(path), SHA256, progress=False)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{SHAKESPEARE} could not be loaded ({error}): try --dataset manual") from error
+    return path
+
+
 def facts_of(cfg: Config, text: str, text_test: str) -> dict:
     """What a checkpoint must know of its text: the characters, or the BPE."""
-    tokenizer = None
+    tokenizer, whole = None, text + text_test
     if cfg.vocab:
         tokenizer = to_json(train_tokenizer(text.splitlines(keepends=True), cfg.vocab, prefix_space=False))
-    checksum = hashlib.sha256((text + text_test).encode()).hexdigest()[:12]
-    return dict(alphabet="".join(sorted(set(text + text_test))), tokenizer=tokenizer, checksum=checksum)
+    checksum = hashlib.sha256(whole.encode()).hexdigest()[:12]
+    return dict(alphabet="".join(sorted(set(whole))), tokenizer=tokenizer, checksum=checksum)
 
 
 def vocabulary(facts: dict) -> int:
@@ -114,28 +148,38 @@ def encode(facts: dict, text: str) -> Tensor:
     if facts["tokenizer"]:
         return torch.tensor(from_json(*facts["tokenizer"])(text)["input_ids"], dtype=torch.long)
     number = {character: i for i, character in enumerate(facts["alphabet"])}
-    if strange := set(text) - number.keys():
-        raise UserError(f"{sorted(strange)} are not among the characters of the training text")
+    if unknown := set(text) - number.keys():
+        raise UserError(f"{sorted(unknown)} are not among the characters of the training text")
     return torch.tensor([number[character] for character in text], dtype=torch.long)
 
 
 def decode(facts: dict, ids: Tensor) -> str:
-    if facts["tokenizer"]:
-        return from_json(*facts["tokenizer"]).decode(ids.tolist())
-    return "".join(facts["alphabet"][i] for i in ids.tolist())
+    """The text of ids (n,), with ░ for each mask."""
+    if not facts["tokenizer"]:
+        return "".join((facts["alphabet"] + "░")[i] for i in ids.tolist())
+    text = from_json(*facts["tokenizer"]).decode(ids.where(ids < vocabulary(facts), 0).tolist())
+    return text.replace("<mask>", "░")  # which is token 0
 
 
-def windows_of(cfg: Config, facts: dict, ids: Tensor, stride: int = 1) -> Tensor:
-    """Windows (N, window) of ids (L,): every `stride` tokens, or with cfg.lines after each end of a line."""
-    windows = ids.unfold(0, cfg.window, 1) if len(ids) >= cfg.window else ids.new_empty(0, cfg.window)
+def encode_prompt(cfg: Config, facts: dict) -> Tensor:
+    """Ids (p,) of the prompt, with the mask at its gaps. UserError where it is too long."""
+    pieces = cfg.prompt.split(cfg.gap) if cfg.gap else [cfg.prompt]
+    ids = [F.pad(encode(facts, piece), (0, 1), value=vocabulary(facts)) for piece in pieces]
+    ids, limit = torch.cat(ids)[:-1], cfg.window if cfg.gap else min(cfg.window, cfg.length)
+    if len(ids) >= limit:
+        raise UserError(f"the prompt has {len(ids)} tokens, but must have fewer than {limit}: shorten it")
+    return ids
+
+
+def window_starts(cfg: Config, facts: dict, ids: Tensor, stride: int = 1) -> Tensor:
+    """Positions (N,) in ids where windows begin: every `stride` tokens, or with cfg.lines where lines do."""
+    starts = torch.arange(0, len(ids), stride, device=ids.device)
     if cfg.lines:
-        begins = (ids == encode(facts, "\n").item()).nonzero()[:, 0] + 1
-        windows = windows[begins[begins < len(windows)]]
-    else:
-        windows = windows[::stride]
-    if len(windows) < 2:
-        raise UserError(f"{len(ids)} tokens are too few for two windows of {cfg.window}: give more text")
-    return windows
+        starts = (ids == encode(facts, "\n").item()).nonzero()[:, 0] + 1
+    starts = starts[starts <= len(ids) - cfg.window]
+    if len(starts) < 2:
+        raise UserError(f"{len(ids)} tokens have fewer than two windows of {cfg.window}: give more text")
+    return starts
 
 
 # -- the model, and how it writes ------------------------------------------------------------------------
@@ -143,53 +187,50 @@ def windows_of(cfg: Config, facts: dict, ids: Tensor, stride: int = 1) -> Tensor
 
 def build(cfg: Config, facts: dict, device: torch.device) -> TokenTransformer:
     """The denoiser of windows in blocks."""
-    if cfg.window % cfg.block:
-        raise UserError(f"--block {cfg.block} must divide --window {cfg.window}")
     torch.manual_seed(cfg.seed)
     layout = Layout([0] + [cfg.block] * (cfg.window // cfg.block))
     return TokenTransformer(vocabulary(facts), layout, cfg.width, cfg.depth, rope=True).to(device)
 
 
-def load(path, cfg: Config | None = None) -> tuple[TokenTransformer, dict]:
-    """The denoiser (the averaged weights) and the facts of a checkpoint."""
-    checkpoint = load_checkpoint(path, Config)
-    with reading(path):
-        model = build(cfg or Config(**checkpoint["config"]), checkpoint["facts"], pick_device())
-        model.load_state_dict(checkpoint["ema"])
-    return model.eval(), checkpoint["facts"]
+def load(path, device=None, cfg: Config | None = None) -> tuple[Masked, TokenTransformer, dict]:
+    """Process, denoiser (the averaged weights) and facts of a checkpoint, ready to write."""
+    with open_checkpoint(path, Config) as saved:
+        cfg = cfg or Config(**saved["config"])
+        model = build(cfg, saved["facts"], pick_device(device))
+        model.load_state_dict(saved["ema"])
+    return Masked(model.mask_id), model.eval(), saved["facts"]
 
 
-def write(cfg: Config, model: TokenTransformer, prompt: Tensor) -> Tensor:
-    """Ids (n, L) of texts that begin with prompts (n, p), which may hold masks, and are cfg.length long.
+@torch.no_grad()
+def write(cfg: Config, model: TokenTransformer, prompt: Tensor):
+    """Yield ids (n, L) after each step: texts that begin with prompts (n, p), shorter than a window.
 
-    Each window after the first begins with the second half of the one before. A prompt with masks is filled.
+    Each window after the first begins with the second half of the one before. With cfg.gap only the masks of
+    the prompt are filled.
     """
     W, text, generator = model.layout.k, prompt, torch.Generator().manual_seed(cfg.seed)
     how = dict(steps=cfg.steps, order=cfg.order, temperature=cfg.temperature, generator=generator)
     length = min(cfg.length, W) if cfg.lines else cfg.length
-    length = prompt.shape[1] if cfg.gap else max(length, prompt.shape[1])
-    while text.shape[1] < length or (text[:, :length] == model.mask_id).any():
-        before = text[:, : -(W // 2)] if text.shape[1] >= W else text[:, :0]
-        known = text[:, before.shape[1] :]
-        xt = F.pad(known, (0, W - known.shape[1]), value=model.mask_id)
+    length = prompt.shape[1] if cfg.gap else length
+    for start in range(0, length, W - W // 2):
+        xt = F.pad(text[:, start:], (0, start + W - text.shape[1]), value=model.mask_id)
         with autocast(prompt.device, cfg.precision):
             for _, window in generate(model, prompt[:, :0], xt, **how):
-                text = torch.cat([before, window], dim=1)
-                if text.shape[1] >= length and (text[:, :length] != model.mask_id).all():
-                    break  # the rest of the window is not wanted
-    return text[:, :length]
+                text = torch.cat([text[:, :start], window], dim=1)[:, :length]
+                yield text
+                if text.shape[1] == length and (text != model.mask_id).all():
+                    return  # the rest of the window is not wanted
 
 
-def samples(cfg: Config, facts: dict, model: TokenTransformer) -> list[str]:
-    """cfg.n texts that begin with the prompt."""
-    pieces = cfg.prompt.split(cfg.gap) if cfg.gap else [cfg.prompt]
-    ids = encode(facts, pieces[0])
-    for piece in pieces[1:]:
-        ids = torch.cat([ids, torch.tensor([model.mask_id]), encode(facts, piece)])
-    if len(ids) >= cfg.window:
-        raise UserError(f"the prompt has {len(ids)} tokens, but this model sees {cfg.window}: shorten it")
-    prompt = ids.expand(cfg.n, -1).to(next(model.parameters()).device)
-    return [f"[{i}]\n{decode(facts, row)}\n" for i, row in enumerate(write(cfg, model, prompt), 1)]
+def write_samples(cfg: Config, facts: dict, model: TokenTransformer) -> list[str]:
+    """cfg.samples texts that begin with the prompt, and five states of the first on its way."""
+    prompt = encode_prompt(cfg, facts).expand(cfg.samples, -1).to(next(model.parameters()).device)
+    states = list(write(cfg, model, prompt))
+    texts = [f"[{i}]\n{decode(facts, ids)}\n" for i, ids in enumerate(states[-1], 1)]
+    for i in range(5):
+        ids = states[i * (len(states) - 1) // 4][0]
+        texts.append(f"[1], state {i + 1} of 5\n{decode(facts, ids)}\n")
+    return texts
 
 
 # -- training and score ----------------------------------------------------------------------------------
@@ -202,60 +243,68 @@ def stratified(B: int, n: int, device) -> Tensor:
 
 
 @torch.no_grad()
-def score(cfg: Config, facts: dict, model, text: str, n: int, draws: int = 8) -> str:
-    """The bound on the bits per character of n windows of a text, with `draws` masks each."""
+def bits_of(cfg: Config, facts: dict, model, text: str, n: int, draws: int = 8) -> Tensor:
+    """Bits per character, at most, of at most n windows (N,) of a text; draws: masks of each."""
     device, generator = next(model.parameters()).device, torch.Generator().manual_seed(cfg.seed)
     ids, nats = encode(facts, text).to(device), []
-    windows = windows_of(cfg, facts, ids, stride=cfg.window)
-    windows = windows[torch.linspace(0, len(windows) - 1, min(n, len(windows))).long()]  # evenly spread
+    starts = window_starts(cfg, facts, ids, stride=cfg.window)
+    starts = starts[torch.linspace(0, len(starts) - 1, min(n, len(starts))).long()]  # evenly spread
     draws = draws if cfg.block > 1 else 1  # autoregression has one order
-    for part in windows.split(cfg.batch_size):
+    for part in ids.unfold(0, cfg.window, 1)[starts].split(cfg.batch_size):
         with autocast(device, cfg.precision):
             nats.append(bound(model, part[:, :0], part, draws, generator))
     characters = len(text) / len(ids)  # per token
-    bits = torch.cat(nats) / (cfg.window * characters * math.log(2))
-    error = bits.std() / math.sqrt(len(bits))
-    kind = "exactly" if cfg.block == 1 else "at most"
-    return f"{bits.mean():.4f} +- {error:.4f} bits per character, {kind}, of {len(bits)} held-out windows"
+    return torch.cat(nats) / (cfg.window * characters * math.log(2))
+
+
+def log_score(cfg: Config, bits: Tensor) -> None:
+    """Print the mean of bits (N,) and its standard error."""
+    kind, error = "exactly" if cfg.block == 1 else "at most", bits.std() / math.sqrt(len(bits))
+    log(f"{bits.mean():.4f} +- {error:.4f} bits per character, {kind}, n={len(bits)} held-out windows")
 
 
 def train(cfg: Config, text: str, text_test: str, device: torch.device) -> None:
     facts = facts_of(cfg, text, text_test)
+    ids, ids_test = encode(facts, text).to(device), encode(facts, text_test)
+    log(
+        f"{cfg.dataset}: {len(ids)} training and {len(ids_test)} held-out tokens of {vocabulary(facts)} kinds"
+    )
+    starts = window_starts(cfg, facts, ids)
+    if cut := (starts.diff() > cfg.window).sum():
+        log(f"{cut} lines have more than {cfg.window} tokens and are cut: raise --window")
+    window_starts(cfg, facts, ids_test, cfg.window), encode_prompt(cfg, facts)  # fail before training
     model = build(cfg, facts, device)
-    layout, process = model.layout, Masked(model.mask_id)
+    layout, process, windows = model.layout, Masked(model.mask_id), ids.unfold(0, cfg.window, 1)
     blocks = model.transformer.blocks.named_parameters()
-    run = Run(cfg, model, facts, device, muon=[p for name, p in blocks if p.dim() == 2 and "ada" not in name])
-    windows = windows_of(cfg, facts, encode(facts, text).to(device))
-    for _, batch in run.steps(len(windows)):
-        x0 = windows[batch]
-        hidden = hide(layout, x0, stratified(len(x0), len(layout.widths), device))
-        with autocast(device, cfg.precision):
-            loss = process.errors(run.model, x0, hidden, x0[:, : layout.c]).sum() / hidden.sum()
-        run.update(loss)
-        if run.due(cfg.sample_every):
-            log("  " + score(cfg, facts, run.ema, text_test, 100, draws=4))
-    if run.due(1):  # once, in the main process
-        save_text(samples(cfg, facts, run.ema), run.out / "samples/samples.txt")
-        if cfg.score_n:
-            log(score(cfg, facts, run.ema, text_test, cfg.score_n))
-        log(f'continue a text: python tokengen.py --load {run.out / "last.pt"} --prompt "..."')
+    muon = [p for name, p in blocks if p.dim() == 2 and "ada" not in name]
+    with Run(cfg, model, facts, device, muon=muon) as run:
+        for _, batch in run.steps(len(starts)):
+            x0 = windows[starts[batch]]
+            masked = draw_masks(layout, x0, stratified(len(x0), len(layout.widths), device))
+            with autocast(device, cfg.precision):
+                loss = process.cross_entropies(run.model, x0, masked, x0[:, : layout.c]).sum() / masked.sum()
+            run.update(loss)
+            if run.due(cfg.sample_every):
+                log_score(cfg, bits_of(cfg, facts, run.ema, text_test, 100, draws=4))
+        if run.due(1):  # once, in the main process
+            save_text(write_samples(cfg, facts, run.ema), run.out / "samples/samples.txt")
+            if cfg.score_n:
+                log_score(cfg, bits_of(cfg, facts, run.ema, text_test, cfg.score_n))
 
 
 def main(cfg: Config) -> None:
-    if cfg.load:
-        model, facts = load(cfg.load, cfg)
-        save_text(samples(cfg, facts, model), Path(cfg.load).parent / f"samples/seed{cfg.seed}.txt")
-    if not cfg.load or cfg.score_n:
-        text, text_test = load_text(cfg.dataset, cfg.data_dir)
     if not cfg.load:
-        out = cfg.out.replace("{dataset}", Path(cfg.dataset).stem)
-        return train(replace(cfg, out=out), text, text_test, pick_device())
+        return train(resolve_out(cfg), *load_text(cfg), pick_device())
+    _, model, facts = load(cfg.load, cfg=cfg)
+    folder = Path(cfg.load).expanduser().parent
+    save_text(write_samples(cfg, facts, model), folder / f"samples/seed{cfg.seed}.txt")
     if cfg.score_n:
+        text, text_test = load_text(cfg)
         if facts_of(cfg, text, text_test) != facts:
             raise UserError(
                 f"{cfg.load} was not trained on {cfg.dataset}: it may have seen its held-out part"
             )
-        log(score(cfg, facts, model, text_test, cfg.score_n))
+        log_score(cfg, bits_of(cfg, facts, model, text_test, cfg.score_n))
 
 
 if __name__ == "__main__":
