@@ -8,7 +8,6 @@ Diffusion of Thought 2402.07754; the order of unmasking 2502.06768.
 """
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
@@ -16,11 +15,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blocks import Layout, TokenTransformer, generate
-from common.run import Run, UserError, autocast, load_checkpoint, pick_device, reading, run_script, log
+from common.run import (
+    Run,
+    UserError,
+    autocast,
+    check_range,
+    log,
+    open_checkpoint,
+    pick_device,
+    resolve_out,
+    run_script,
+)
 from diffusion import Masked
 from tasks import sudoku
-from tasks.load import load_problems
-from tasks.problems import Problem, Problems, decode, encode, majority
+from tasks.load import TASKS, load_problems
+from tasks.problems import MARK_ID, Problem, Problems, decode, encode, majority, shape
+
+SNAPSHOT_TEMPERATURE = 3.0  # at 1 a trained model makes no mistakes to learn from
 
 
 @dataclass(frozen=True)
@@ -28,13 +39,15 @@ class Config:
     """Edit the defaults here, or override any of them on the command line: python reason.py --lr 1e-3"""
 
     # data
-    dataset: str = "mult"  # mult, countdown, sudoku (made here), gsm8k (hub), or a file of problems
+    dataset: str = "mult"  # mult, countdown, sudoku (made here), gsm8k (hub), or a file or folder of problems
     digits: tuple[int, int] = (3, 2)  # mult: of the two factors
     train_n: int = 50_000  # training problems, or as many as there are
+    test: str | None = None  # a file of test problems, instead of those of the data set
     # diffusion
     passes: Literal["multi", "single"] = "multi"  # a thought at a time, or the whole chain at once
     masks: tuple[float, float] = (0.0, 1.0)  # least and largest share of masked tokens in training
     shift: float = 3.0  # times the odds of a mask: sampling begins with nothing but masks
+    snapshot: float = 0.0  # multi: share of training chains with the model's own thoughts as context
     # denoiser
     width: int = 128  # width of the transformer
     depth: int = 4  # number of blocks
@@ -46,7 +59,7 @@ class Config:
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto is bf16 where the hardware has it
     # sampling
     order: Literal["confident", "random"] = "confident"  # in which tokens are unmasked
-    steps: int = 8  # evaluations of the denoiser for each thought
+    steps: int = 8  # evaluations of the denoiser for each thought, at most one for each token
     temperature: float = 0.0  # of the tokens that are drawn; 0 takes the likeliest
     tries: int = 1  # at most so many for each problem, until a check of the rules accepts the answer
     try_temperature: float = 1.0  # of all tries but the first
@@ -57,17 +70,36 @@ class Config:
     out: str = "out/{dataset}"  # folder
     seed: int = 0  # of weights, batches, masks and samples
     sample_every: int = 500  # steps between scores of 200 test problems
-    save_every: int = 250  # steps between checkpoints
+    save_every: int = 500  # steps between checkpoints
     resume: bool = False  # continue the run in the folder
     load: str | None = None  # answer from this checkpoint, do not train
 
     script: ClassVar = "reason"
     RECIPES: ClassVar = {
         "sudoku": dict(train_n=1500, depth=6, batch_size=64, max_steps=7500, masks=(0.2, 0.8), shift=1.0)
-        | dict(steps=81, try_temperature=2.5, score_n=300),
+        | dict(steps=81, try_temperature=2.5, score_n=300, sample_every=1000),
         "countdown": dict(passes="single", train_n=200_000, depth=6, max_steps=10_000, shift=1.0, steps=64)
-        | dict(try_temperature=2.5),
+        | dict(try_temperature=2.5, sample_every=1000),
     }
+
+    def __post_init__(self):
+        names = "train_n width depth max_steps batch_size steps tries votes sample_every save_every"
+        check_range(self, names, 1)
+        check_range(self, "temperature try_temperature score_n", 0)
+        check_range(self, "lr muon_lr shift", 1e-9)
+        check_range(self, "snapshot", 0, 1)
+        for right, hint in (
+            (1 <= min(self.digits) <= max(self.digits) <= 8, "--digits must be from 1 to 8"),
+            (0 <= self.masks[0] < self.masks[1] <= 1, "--masks must be two shares, the smaller first"),
+            (self.width % 16 == 0, "--width must be divisible by 16"),
+            (
+                not self.snapshot or self.passes == "multi",
+                "--snapshot needs earlier thoughts: --passes multi",
+            ),
+            (self.prompt is None or self.load, "--prompt needs a checkpoint: add --load out/NAME/last.pt"),
+        ):
+            if not right:
+                raise UserError(hint)
 
 
 def build(cfg: Config, facts: dict, device: torch.device) -> TokenTransformer:
@@ -78,20 +110,24 @@ def build(cfg: Config, facts: dict, device: torch.device) -> TokenTransformer:
     return TokenTransformer(len(facts["alphabet"]) + 1, layout, cfg.width, cfg.depth).to(device)
 
 
-def load(path, cfg: Config | None = None) -> tuple[TokenTransformer, dict]:
-    """The denoiser (the averaged weights) and the facts of a checkpoint."""
-    checkpoint = load_checkpoint(path, Config)
-    with reading(path):
-        model = build(cfg or Config(**checkpoint["config"]), checkpoint["facts"], pick_device())
-        model.load_state_dict(checkpoint["ema"])
-    return model.eval(), checkpoint["facts"]
+def load(path, device=None, cfg: Config | None = None) -> tuple[TokenTransformer, dict]:
+    """The denoiser (the averaged weights) and the facts of a checkpoint. From Python:
+
+    model, facts = load("out/mult/last.pt")
+    answer(Config(), facts, model, ["321*45"])  # 123 x 54: [["2940", "+05160", "####24660"]]
+    """
+    with open_checkpoint(path, Config) as saved:
+        facts = saved["facts"]
+        model = build(cfg or Config(**saved["config"]), facts, pick_device(device))
+        model.load_state_dict(saved["ema"])
+    return model.eval(), facts
 
 
 # -- answers ---------------------------------------------------------------------------------------------
 
 
 def ask(facts: dict, questions: list[str]) -> Tensor:
-    """Ids (N, q + k) of questions, with the mask at all that is to be found."""
+    """Ids (N, q + k) of questions, with masks where the answers belong."""
     q, *thoughts = facts["widths"]
     if facts["axes"]:
         return encode(facts, questions, thoughts[0])
@@ -99,63 +135,101 @@ def ask(facts: dict, questions: list[str]) -> Tensor:
 
 
 def think(cfg: Config, model: TokenTransformer, ids: Tensor):
-    """Yield (thought i, ids (N, k) so far) after each step from ids (N, q + k), masked where not known."""
-    q, xt = ids.split([model.layout.q, model.layout.k], dim=1)
-    how = dict(steps=cfg.steps, order=cfg.order, temperature=cfg.temperature)
+    """Yield ids (N, k) of the blocks before and after each step, from ids (N, q + k) with masks.
+
+    It ends when all chains have their answer, even if blocks are left.
+    """
+    q, known = ids.split([model.layout.q, model.layout.k], dim=1)
+    answered = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    settings = dict(steps=cfg.steps, order=cfg.order, temperature=cfg.temperature)
+    yield known
     with autocast(ids.device, cfg.precision):
-        yield from generate(model, q, xt, generator=torch.Generator().manual_seed(cfg.seed), **how)
+        for i, xt in generate(model, q, known, generator=torch.Generator().manual_seed(cfg.seed), **settings):
+            yield xt
+            block = xt.split(model.layout.widths, dim=1)[i]
+            answered |= (block[:, 0] == MARK_ID) & (block != model.mask_id).all(1)
+            if answered.all():
+                break
 
 
-def chains_of(cfg: Config, facts: dict, model: TokenTransformer, questions: list[str]) -> list[list[str]]:
-    """The chains of questions, 1,000 at a time."""
-    chains, ids = [], ask(facts, questions).to(next(model.parameters()).device)
-    for part in ids.split(1000):
-        *_, (_, xt) = think(cfg, model, part)
-        chains += decode(facts, xt)
-    return chains
+def answer(cfg: Config, facts: dict, model: TokenTransformer, questions: list[str]) -> list[list[str]]:
+    """A chain for each question, 1,000 at a time: of cfg.votes the first with the most frequent answer."""
+    ids, votes = ask(facts, questions).to(next(model.parameters()).device), []
+    for i in range(cfg.votes):
+        voter, chains = replace(cfg, seed=cfg.seed + 1000 * i), []
+        for part in ids.split(1000):
+            *_, xt = think(voter, model, part)
+            chains += decode(facts, xt)
+        votes.append(chains)
+    return [majority(chains) for chains in zip(*votes, strict=True)]
 
 
-def score(cfg: Config, facts: dict, model, problems: Problems, n: int) -> tuple[float, float]:
-    """The share of n test problems that are right, and the mean evaluations of the denoiser for each.
+def at_try(cfg: Config, i: int) -> Config:
+    """The settings of try i: all but the first are drawn."""
+    return replace(cfg, seed=cfg.seed + i, temperature=cfg.try_temperature if i else cfg.temperature)
 
-    An answer that the check of the rules refuses is tried again from the beginning, up to cfg.tries times.
+
+def score(cfg: Config, facts: dict, model: TokenTransformer, problems: Problems, n: int):
+    """Yield which of n test problems are right, and the mean evaluations for each, after each of cfg.tries.
+
+    An answer that the check refuses is tried again from the beginning.
     """
     questions = [question for question, _ in problems.test[:n]]
-    masked = (ask(facts, questions)[:, model.layout.q :] == model.mask_id).split(model.layout.widths, dim=1)
+    masked = ask(facts, questions)[:, facts["widths"][0] :] == model.mask_id
     cost = cfg.votes * sum(
-        block.sum(1).clamp(max=cfg.steps) for block in masked
-    )  # (n,): evaluations of a try
-    left, spent = list(range(len(questions))), 0
+        block.sum(1).clamp(max=cfg.steps) for block in masked.split(model.layout.widths, 1)
+    )
+    right, spent = [False] * len(questions), 0
     for i in range(cfg.tries):
-        how = replace(cfg, temperature=cfg.try_temperature) if i else cfg
-        votes = []
-        for seed in range(cfg.seed + i * cfg.votes, cfg.seed + (i + 1) * cfg.votes):
-            votes.append(chains_of(replace(how, seed=seed), facts, model, [questions[j] for j in left]))
-        chains = [majority(chains) for chains in zip(*votes, strict=True)]
+        left = [j for j in range(len(questions)) if not right[j]]
+        chains = answer(at_try(cfg, i), facts, model, [questions[j] for j in left])
         spent += cost[left].sum().item()
-        left = [j for j, chain in zip(left, chains, strict=True) if not problems.check(questions[j], chain)]
-        if not left:
-            break
-    return 1 - len(left) / len(questions), spent / len(questions)
+        for j, chain in zip(left, chains, strict=True):
+            right[j] = problems.check(questions[j], chain)
+        yield right, spent / len(questions)
 
 
 def report(cfg: Config, facts: dict, model: TokenTransformer, problems: Problems) -> None:
-    """Show an answer, and print scores by evaluations per thought and by tries."""
-    show_answer(cfg, facts, model, problems.test[0][0])
-    for steps, tries in sorted({(1, 1), (8, 1), (cfg.steps, 1), (cfg.steps, cfg.tries)}):
-        right, spent = score(replace(cfg, steps=steps, tries=tries), facts, model, problems, cfg.score_n)
-        n = len(problems.test[: cfg.score_n])
-        log(f"{steps} steps, {tries} tries: {right:.3f} of {n} are right, {spent:.1f} evaluations each")
+    """Print scores by evaluations and after 1, 2, 4, 8, ... tries, of each kind of puzzle."""
+    kinds = [problems.kind(question) if problems.kind else "" for question, _ in problems.test[: cfg.score_n]]
+    for steps in sorted({1, 4, cfg.steps}) if kinds else []:
+        tried = replace(cfg, steps=steps, tries=cfg.tries if steps == cfg.steps else 1)
+        for i, (right, spent) in enumerate(score(tried, facts, model, problems, cfg.score_n), 1):
+            if i & (i - 1) == 0 or i == cfg.tries:
+                log(f"{steps} steps, {i} tries: {spent:.3g} evaluations each")
+                for kind in sorted(set(kinds)):
+                    of_kind = [right[j] for j in range(len(kinds)) if kinds[j] == kind]
+                    log(f"  {kind} {sum(of_kind) / len(of_kind):.3f} of {len(of_kind)} are right")
 
 
 def show_answer(cfg: Config, facts: dict, model: TokenTransformer, question: str) -> None:
-    """Print how the chain of a question, or a puzzle, comes into focus."""
+    """Print how the chain of a question, or a puzzle, comes into focus in the first try that is right."""
+    check = TASKS[facts["task"]].check if facts["task"] else None
     ids = ask(facts, [question]).to(next(model.parameters()).device)
-    states = [xt for _, xt in think(cfg, model, ids)]
-    for xt in states[:: max(1, len(states) // 8)] + states[-1:]:
-        chain = decode(facts, xt)[0]
-        rows = [chain[0][i : i + 9] for i in range(0, 81, 9)]
-        log("\n".join([*rows, ""]) if facts["axes"] else " | ".join(chain))
+    for i in range(cfg.tries):
+        states = list(think(at_try(cfg, i), model, ids))
+        if right := not check or check(question, decode(facts, states[-1])[0]):
+            break
+    shown = [decode(facts, states[(len(states) - 1) * i // 3])[0] for i in range(4)]
+    for i in range(0, 81, 9) if facts["axes"] else []:
+        log("    ".join(" ".join(grid[i : i + 9]) for (grid,) in shown))
+    if not facts["axes"]:
+        log("\n".join([question, *map(" | ".join, shown)]))
+    if cfg.votes > 1:
+        log(f"majority: {' | '.join(answer(cfg, facts, model, [question])[0])}")
+    if not right:
+        log(f"not right in --tries {cfg.tries}: try more")
+
+
+def read_prompt(facts: dict, prompt: str) -> str:
+    """A prompt as a question of the problems that the model has learned."""
+    if facts["axes"]:
+        return sudoku.read(prompt)
+    question = prompt.strip() if " " in facts["alphabet"] else "".join(prompt.split())
+    if not question or facts["shape"] not in (None, shape(question)):
+        wanted = f"like {facts['shape']}, least significant digit first" if facts["task"] else "of your data"
+        raise UserError(f"--prompt {prompt!r} must be a question {wanted}")
+    return question
 
 
 # -- training --------------------------------------------------------------------------------------------
@@ -164,24 +238,32 @@ def show_answer(cfg: Config, facts: dict, model: TokenTransformer, question: str
 def train(cfg: Config, problems: Problems, device: torch.device) -> None:
     facts = problems.facts
     model = build(cfg, facts, device)
-    layout, process, widths = model.layout, Masked(model.mask_id), facts["widths"]
+    layout, process, (low, high) = model.layout, Masked(model.mask_id), cfg.masks
     ids = torch.cat(columns(facts, problems.train), dim=1).to(device)
-    thought = torch.repeat_interleave(torch.tensor(widths[1:])).to(device)  # (k,): 0 0 0 1 1 ...
+    thought = torch.repeat_interleave(torch.tensor(facts["widths"][1:])).to(device)  # (k,): 0 0 0 1 1 ...
     blocks = model.transformer.blocks.named_parameters()
-    run = Run(cfg, model, facts, device, muon=[p for name, p in blocks if p.dim() == 2 and "ada" not in name])
-    for _, batch in run.steps(len(ids)):
-        q, x0 = ids[batch].split([layout.q, layout.k], dim=1)
-        x0 = problems.symmetry(x0) if problems.symmetry else x0
-        low, high = cfg.masks
-        u = low + (high - low) * torch.rand(len(batch), len(widths) - 1, device=device)  # of each thought
-        t = (cfg.shift * u / (1 + (cfg.shift - 1) * u))[:, thought]
-        with autocast(device, cfg.precision):
-            loss = process.loss(run.model, x0, torch.cat([q, x0], dim=1)[:, : layout.c], t).mean()
-        run.update(loss)
-        if run.due(cfg.sample_every):
-            log(f"  right: {score(cfg, facts, run.ema, problems, 200)[0]:.3f} of 200 test problems")
-    if run.due(1):
-        report(cfg, facts, run.ema, problems)
+    matrices = [p for name, p in blocks if p.dim() == 2 and "ada" not in name]
+    with Run(cfg, model, facts, device, muon=matrices) as run:
+        for _, batch in run.steps(len(ids)):
+            q, x0 = ids[batch].split([layout.q, layout.k], dim=1)
+            x0 = problems.symmetry(x0) if problems.symmetry else x0
+            u = low + (high - low) * torch.rand(
+                len(x0), len(facts["widths"]) - 1, device=device
+            )  # of each thought
+            t = (cfg.shift * u / (1 + (cfg.shift - 1) * u))[:, thought]
+            with autocast(device, cfg.precision):
+                clean = torch.cat([q, x0], dim=1)[:, : layout.c]
+                if cfg.snapshot:
+                    own = snapshot(cfg, process, run.model, x0, clean, t)
+                    clean = torch.cat([q, own], dim=1)[:, : layout.c]
+                loss = process.loss(run.model, x0, clean, t).mean()
+            run.update(loss)
+            if run.due(cfg.sample_every):
+                right, _ = next(score(cfg, facts, run.ema, problems, 200))
+                log(f"  right: {sum(right) / len(right):.3f} of {len(right)} test problems")
+        if run.due(1):
+            show_answer(cfg, facts, run.ema, problems.test[0][0])
+            report(cfg, facts, run.ema, problems)
 
 
 def columns(facts: dict, problems: list[Problem]) -> list[Tensor]:
@@ -193,21 +275,37 @@ def columns(facts: dict, problems: list[Problem]) -> list[Tensor]:
     return ids
 
 
+@torch.no_grad()
+def snapshot(cfg: Config, process: Masked, model, x0: Tensor, clean: Tensor, t: Tensor) -> Tensor:
+    """x0 (B, k), with the model's own guesses at masked thoughts in a share cfg.snapshot of the chains.
+
+    A later thought that sees these learns not to trust the earlier ones: DoT's scheduled sampling.
+    """
+    xt = process.q_sample(x0, t)
+    p = (model(xt, t, clean).float() / SNAPSHOT_TEMPERATURE).softmax(-1)
+    torch.clear_autocast_cache()  # its bf16 copies of the weights have no gradients
+    guess = torch.multinomial(p.nan_to_num(1.0).flatten(0, 1), 1).view_as(xt)  # NaN weights: the loss tells
+    chosen = torch.rand(len(xt), 1, device=xt.device) < cfg.snapshot
+    return torch.where(chosen & (xt == process.mask_id), guess, x0)
+
+
 def main(cfg: Config) -> None:
     if cfg.load:
-        model, facts = load(cfg.load, cfg)
-        if cfg.prompt:
-            return show_answer(cfg, facts, model, sudoku.read(cfg.prompt) if facts["axes"] else cfg.prompt)
-    problems = load_problems(cfg.dataset, cfg.train_n, cfg.digits)
-    if cfg.tries > 1 and not problems.by_rule:
+        model, facts = load(cfg.load, cfg=cfg)
+        if facts["task"] != (cfg.dataset if cfg.dataset in TASKS else ""):
+            raise UserError(f"{cfg.load} was trained on other problems than {cfg.dataset}")
+        if cfg.prompt is not None:
+            return show_answer(cfg, facts, model, read_prompt(facts, cfg.prompt))
+    problems = load_problems(cfg.dataset, cfg.train_n, cfg.digits, cfg.test)
+    if cfg.tries > 1 and not problems.task:
         raise UserError(f"--tries needs rules that tell a right answer: {cfg.dataset} has only the answers")
     sizes = f"{len(problems.train)} training and {len(problems.test)} test problems"
     log(f"{cfg.dataset}: {sizes}, such as {problems.train[0]}")
     if not cfg.load:
-        cfg = replace(cfg, out=cfg.out.replace("{dataset}", Path(cfg.dataset).stem))
-        return train(cfg, problems, pick_device())
+        return train(resolve_out(cfg), problems, pick_device())
     if problems.facts != facts:
         raise UserError(f"{cfg.load} was trained on other problems than {cfg.dataset}")
+    show_answer(cfg, facts, model, problems.test[0][0])
     report(cfg, facts, model, problems)
 
 
