@@ -154,11 +154,10 @@ def encode(facts: dict, text: str) -> Tensor:
 
 
 def decode(facts: dict, ids: Tensor) -> str:
-    """The text of ids (n,), with ░ for each mask."""
-    if not facts["tokenizer"]:
-        return "".join((facts["alphabet"] + "░")[i] for i in ids.tolist())
-    text = from_json(*facts["tokenizer"]).decode(ids.where(ids < vocabulary(facts), 0).tolist())
-    return text.replace("<mask>", "░")  # which is token 0
+    """The text of ids (n,), with ░ or <mask>, the BPE's token 0, for each mask."""
+    if facts["tokenizer"]:
+        return from_json(*facts["tokenizer"]).decode(ids.where(ids < vocabulary(facts), 0).tolist())
+    return "".join((facts["alphabet"] + "░")[i] for i in ids.tolist())
 
 
 def encode_prompt(cfg: Config, facts: dict) -> Tensor:
