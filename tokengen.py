@@ -46,9 +46,7 @@ class Config:
     """Edit the defaults here, or override any of them on the command line: python tokengen.py --lr 1e-3"""
 
     # data
-    dataset: str = (
-        "shakespeare"  # shakespeare (downloaded), manual (Python's own), or the path of a text file
-    )
+    dataset: str = "shakespeare"  # shakespeare (downloaded), manual (Python's own), or a text file
     data_dir: str = "data"  # where downloads are kept
     vocab: int = 0  # tokens of a BPE that is trained on the text; 0: its characters
     lines: bool = False  # each line is a text of its own: windows begin where a line does
@@ -69,7 +67,9 @@ class Config:
     steps: int = 16  # evaluations of the denoiser for each block
     temperature: float = 0.8  # of the tokens that are drawn; 0 takes the likeliest
     prompt: str = ""  # what a sample begins with
-    gap: str | None = None  # character of the prompt that stands for a token to fill in
+    gap: str | None = (
+        None  # character of the prompt that stands for a token to fill in, given its block and those before
+    )
     length: int = 400  # tokens of a sample; with --lines at most the window
     samples: int = 3  # texts to write
     score_n: int = 1000  # held-out windows of a score; 0 is no score
@@ -85,10 +85,9 @@ class Config:
     RECIPES: ClassVar = {}
 
     def __post_init__(self):
-        check_range(self, "max_steps batch_size block width depth sample_every save_every", 1)
+        check_range(self, "window block width depth max_steps batch_size sample_every save_every", 1)
         check_range(self, "steps length samples", 1)
         check_range(self, "score_n seed vocab", 0)
-        check_range(self, "window", 2)
         check_range(self, "temperature", 0, 100)
         if 0 < self.vocab < 300:
             raise UserError(f"--vocab must be at least 300, or 0 for characters; got {self.vocab}")
@@ -147,10 +146,10 @@ def encode(facts: dict, text: str) -> Tensor:
     """Ids (n,) of a text."""
     if facts["tokenizer"]:
         return torch.tensor(from_json(*facts["tokenizer"])(text)["input_ids"], dtype=torch.long)
-    number = {character: i for i, character in enumerate(facts["alphabet"])}
-    if unknown := set(text) - number.keys():
-        raise UserError(f"{sorted(unknown)} are not among the characters of the training text")
-    return torch.tensor([number[character] for character in text], dtype=torch.long)
+    ids = [facts["alphabet"].find(character) for character in text]
+    if -1 in ids:
+        raise UserError(f"{text[ids.index(-1)]!r} is not among the characters of the training text")
+    return torch.tensor(ids, dtype=torch.long)
 
 
 def decode(facts: dict, ids: Tensor) -> str:
@@ -222,14 +221,12 @@ def write(cfg: Config, model: TokenTransformer, prompt: Tensor):
 
 
 def write_samples(cfg: Config, facts: dict, model: TokenTransformer) -> list[str]:
-    """cfg.samples texts that begin with the prompt, and five states of the first on its way."""
+    """cfg.samples texts that begin with the prompt, and up to five states of the first on its way."""
     prompt = encode_prompt(cfg, facts).expand(cfg.samples, -1).to(next(model.parameters()).device)
     states = list(write(cfg, model, prompt))
     texts = [f"[{i}]\n{decode(facts, ids)}\n" for i, ids in enumerate(states[-1], 1)]
-    for i in range(5):
-        ids = states[i * (len(states) - 1) // 4][0]
-        texts.append(f"[1], state {i + 1} of 5\n{decode(facts, ids)}\n")
-    return texts
+    on_its_way = states[:: len(states) // 5 + 1]
+    return texts + [f"[1] on its way\n{decode(facts, ids[0])}\n" for ids in on_its_way]
 
 
 # -- training and score ----------------------------------------------------------------------------------
@@ -264,14 +261,13 @@ def log_score(cfg: Config, bits: Tensor) -> None:
 
 def train(cfg: Config, text: str, text_test: str, device: torch.device) -> None:
     facts = facts_of(cfg, text, text_test)
-    ids, ids_test = encode(facts, text).to(device), encode(facts, text_test)
-    log(
-        f"{cfg.dataset}: {len(ids)} training and {len(ids_test)} held-out tokens of {vocabulary(facts)} kinds"
-    )
+    ids = encode(facts, text).to(device)
+    log(f"{cfg.dataset}: {len(ids)} training tokens of {vocabulary(facts)} kinds")
     starts = window_starts(cfg, facts, ids)
     if cut := (starts.diff() > cfg.window).sum():
         log(f"{cut} lines have more than {cfg.window} tokens and are cut: raise --window")
-    window_starts(cfg, facts, ids_test, cfg.window), encode_prompt(cfg, facts)  # fail before training
+    # Fail before training, not after.
+    window_starts(cfg, facts, encode(facts, text_test), cfg.window), encode_prompt(cfg, facts)
     model = build(cfg, facts, device)
     layout, process, windows = model.layout, Masked(model.mask_id), ids.unfold(0, cfg.window, 1)
     blocks = model.transformer.blocks.named_parameters()

@@ -244,12 +244,12 @@ def test_stratified_numbers_fill_every_part_equally():
 @pytest.mark.parametrize("block", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_a_text_of_one_sentence_is_learned_and_written(block, abc, cli, tmp_path):
     flags = [*TINY, "--block", block, "--dataset", abc, "--lr", 2e-2, "--muon_lr", 0.05]
-    flags += ["--max_steps", 120, "--length", 90, "--out", tmp_path / "run"]
+    flags += ["--max_steps", 160, "--length", 90, "--temperature", 0.5, "--out", tmp_path / "run"]
     status, printed = cli("tokengen", *flags)
     assert status == 0, printed
     bits = float(re.findall(r"([\d.]+) \+- ", printed)[-1])
     assert bits < 2  # at first log2 of 17 characters, 4.1
-    text = (tmp_path / "run/samples/samples.txt").read_text().partition("state")[0]
+    text = (tmp_path / "run/samples/samples.txt").read_text().partition("on its way")[0]
     assert sum(word in text for word in ("cat", "sat", "dog", "the", "on", "mat", "log")) >= 4
 
 
