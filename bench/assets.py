@@ -1,10 +1,9 @@
 """Draws the pictures of README.md and docs/results.md from finished runs of their commands.
 
-python docs/assets/make.py      from out/{fashionmnist,grammar,mult,sudoku,shakespeare,bench}
+python -m bench.assets      from out/{fashionmnist,grammar,mult,sudoku,shakespeare,bench}
 """
 
 import shutil
-import sys
 import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,17 +12,15 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-import imagen  # noqa: E402
-import reason  # noqa: E402
-import textgen  # noqa: E402
-import tokengen  # noqa: E402
-from bench.runs import run_bench, saved_by  # noqa: E402
-from common.pictures import save_picture  # noqa: E402
-from common.run import log  # noqa: E402
-from diffusion import trajectory  # noqa: E402
-from tasks.problems import decode  # noqa: E402
+import imagen
+import reason
+import textgen
+import tokengen
+from bench.runs import run_bench, saved_by
+from common.pictures import save_picture
+from common.run import log
+from diffusion import trajectory
+from tasks.problems import decode
 
 FRAMES = 32  # of forming.gif, all of it on one clock
 PUZZLE = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
@@ -41,7 +38,7 @@ class Config:
     """Where the runs are, and where the pictures go."""
 
     runs: str = "out"  # folder of the runs
-    out: str = str(Path(__file__).parent)  # folder of the pictures
+    out: str = "docs/assets"  # folder of the pictures
 
 
 def evenly(states: list, n: int = FRAMES) -> list:
