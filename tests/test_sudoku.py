@@ -1,0 +1,252 @@
+"""tasks/sudoku.py: the search beside a plain one, the rules, the puzzles, what people write, symmetries."""
+
+import itertools
+import random
+from collections import Counter
+
+import pytest
+import torch
+from conftest import SHARED
+
+from common.run import UserError
+from tasks.sudoku import AXES, check, kind, problems, read, solve, symmetry
+
+PUZZLE = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
+GRID = "534678912672195348198342567859761423426853791713924856961537284287419635345286179"
+
+
+def meets(i, j):
+    """Whether two different cells share a row, a column or a box, by the picture of a grid."""
+    (r, c), (s, d) = divmod(i, 9), divmod(j, 9)
+    return i != j and (r == s or c == d or (r // 3 == s // 3 and c // 3 == d // 3))
+
+
+MEETS = [[j for j in range(81) if meets(i, j)] for i in range(81)]
+
+
+def plain_search(puzzle):
+    """Yield all solutions: at the cell with the fewest digits that it does not see, try each of them."""
+    options = {}
+    for cell in range(81):
+        if puzzle[cell] == ".":
+            seen = {puzzle[other] for other in MEETS[cell]}
+            options[cell] = [digit for digit in "123456789" if digit not in seen]
+    if not options:
+        if not any(puzzle[i] == puzzle[j] for i in range(81) for j in MEETS[i]):
+            yield puzzle
+        return
+    cell = min(options, key=lambda cell: len(options[cell]))
+    for digit in options[cell]:
+        yield from plain_search(changed(puzzle, cell, digit))
+
+
+def changed(grid, cell, digit):
+    return grid[:cell] + digit + grid[cell + 1 :]
+
+
+def solutions(puzzle, rng=None):
+    return list(filter(None, solve(puzzle, rng)))
+
+
+# -- the search ------------------------------------------------------------------------------------------
+
+
+def test_a_published_puzzle_has_its_published_solution():
+    assert solutions(PUZZLE) == list(plain_search(PUZZLE)) == [GRID]
+
+
+def test_the_solutions_are_those_of_a_plain_search():
+    """Of puzzles with one, with many, and of some with none."""
+    rng, counts = random.Random(9), Counter()
+    for i in range(10):
+        grid = next(filter(None, solve("." * 81, random.Random(i))))
+        unknown = rng.uniform(0.4, 0.54)
+        puzzle = "".join("." if rng.random() < unknown else digit for digit in grid)
+        if rng.random() < 0.4:
+            puzzle = changed(puzzle, rng.randrange(81), str(rng.randint(1, 9)))
+        found = solutions(puzzle)
+        assert len(found) == len(set(found))
+        assert set(found) == set(plain_search(puzzle)) == set(solutions(puzzle, rng))
+        counts[min(2, len(found))] += 1
+    assert set(counts) == {0, 1, 2}
+
+
+def test_puzzles_of_qqwing_have_its_solutions():
+    path = SHARED / "data/sudoku/qqwing_minimal_1000.csv"
+    if not path.exists():
+        pytest.skip("the shared data is not here")
+    for line in path.read_text().splitlines()[:50]:
+        puzzle, grid = line.replace("0", ".").split(",")
+        assert solutions(puzzle) == [grid]
+        assert check(puzzle, [grid])
+
+
+def test_cells_meet_where_one_of_their_axes_is_the_same():
+    for i, j in itertools.product(range(81), repeat=2):
+        if i != j:
+            assert any(a == b for a, b in zip(AXES[i], AXES[j], strict=True)) == meets(i, j)
+    for axis in zip(*AXES, strict=True):
+        assert Counter(axis) == {place: 9 for place in range(9)}
+
+
+# -- the problems ----------------------------------------------------------------------------------------
+
+
+def test_test_puzzles_have_one_solution_each_and_no_training_grid():
+    made = problems(40)
+    puzzles = [puzzle for puzzle, _ in made.test]
+    assert len(set(puzzles)) == 750
+    assert Counter(map(kind, puzzles)) == {"minimal": 379, "33 clues": 195, "29 clues": 176}
+    for puzzle in puzzles[::15]:
+        (grid,) = solutions(puzzle)
+        assert check(puzzle, [grid]) and grid not in dict(made.train)
+        if kind(puzzle) == "minimal":
+            cells = [cell for cell in range(81) if puzzle[cell] != "."]
+            assert all(len(solutions(changed(puzzle, cell, "."))) > 1 for cell in cells[::6])
+        else:
+            assert kind(puzzle) == f"{81 - puzzle.count('.')} clues"
+
+
+def test_training_grids_are_right_different_and_the_same_each_time():
+    made = problems(40)
+    assert len(dict(made.train)) == 40
+    assert all(check("." * 81, thoughts) and thoughts == [grid] for grid, thoughts in made.train)
+    assert made.train[:20] == problems(20).train
+    assert made.facts["widths"] == [0, 81] and made.facts["alphabet"] == "123456789"
+
+
+# -- the check -------------------------------------------------------------------------------------------
+
+
+def test_a_solution_passes_and_nothing_near_it():
+    assert check(PUZZLE, [GRID]) and check("." * 81, [GRID]) and check(GRID, [GRID])
+    for cell, character in itertools.product(range(81), "123456789.0x"):
+        if character != GRID[cell]:
+            assert not check("." * 81, [changed(GRID, cell, character)])
+    for i, j in itertools.combinations(range(0, 81, 2), 2):
+        swapped = changed(changed(GRID, i, GRID[j]), j, GRID[i])
+        assert check("." * 81, [swapped]) == (GRID[i] == GRID[j])
+
+
+def test_a_grid_that_changes_a_clue_is_wrong():
+    other = GRID.translate(str.maketrans("123456789", "234567891"))
+    assert check("." * 81, [other]) and not check(PUZZLE, [other])
+    for cell in range(81):
+        assert check(changed("." * 81, cell, GRID[cell]), [GRID])
+        assert not check(changed("." * 81, cell, other[cell]), [GRID])
+
+
+def test_rows_columns_and_boxes_all_count():
+    def passes(shift):
+        """A grid of digits 1, 2, 3, ... that begin anew behind the last one."""
+        return check("." * 81, ["".join("123456789"[shift(*divmod(cell, 9)) % 9] for cell in range(81))])
+
+    assert passes(lambda r, c: c + r % 3 * 3 + r // 3)
+    assert not passes(lambda r, c: c + r)  # only the boxes are wrong
+    assert not passes(lambda r, c: c + r % 3 * 3)  # only the columns
+    assert not passes(lambda r, c: r + c % 3 * 3)  # only the rows
+    assert not passes(lambda r, c: c)
+
+
+@pytest.mark.parametrize(
+    "grid", ["", ".", GRID[:-1], GRID + "1", GRID[:36], GRID * 2, PUZZLE, " " + GRID[1:], "\ud800" * 81]
+)
+def test_what_is_no_grid_is_wrong(grid):
+    assert not check(PUZZLE, [grid])
+    assert not check(PUZZLE, [])
+    for zero in "\u0660\uff10":  # digits of other scripts
+        assert not check("." * 81, [GRID.translate({ord(d): ord(zero) + int(d) for d in "123456789"})])
+
+
+# -- what people write -----------------------------------------------------------------------------------
+
+
+def framed(puzzle, line="+-------+-------+-------+"):
+    """With bars and dashes, as it is printed."""
+    rows = [" ".join(puzzle[i : i + 9]) for i in range(0, 81, 9)]
+    rows = ["| " + " | ".join([row[:6], row[6:12], row[12:]]) + " |" for row in rows]
+    return "\n".join([line, *rows[:3], line, *rows[3:6], line, *rows[6:], line])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(PUZZLE.replace(".", blank) for blank in ".0_-*xX?"),
+        *(framed(PUZZLE).replace(".", blank) for blank in ".0_*x?"),
+        framed(PUZZLE).replace("|", "\t"),
+        framed(PUZZLE, "------+-------+------").replace(".", "-"),
+        PUZZLE[:40].replace(".", "0") + PUZZLE[40:],
+        f"  {PUZZLE}\n",
+        "\r\n".join(PUZZLE[i : i + 9] for i in range(0, 81, 9)),
+        "\n".join(PUZZLE[i : i + 9] for i in range(0, 81, 9)).replace(".", "-"),
+        " ".join(PUZZLE),
+        " ".join(PUZZLE).replace(".", "-1"),
+        str([[int(c) for c in PUZZLE[i : i + 9].replace(".", "0")] for i in range(0, 81, 9)]),
+        str([[-1 if c == "." else int(c) for c in PUZZLE[i : i + 9]] for i in range(0, 81, 9)]),
+    ],
+    ids=range(24),
+)
+def test_a_puzzle_is_read_as_people_write_it(text):
+    assert read(text) == PUZZLE
+
+
+def test_a_full_grid_and_an_empty_one_are_read():
+    assert read(GRID) == GRID
+    assert read("." * 81) == read("-" * 81) == "." * 81
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " \n",
+        "\udcff" * 81,
+        PUZZLE[:-1],
+        PUZZLE + ".",
+        "." * 16,
+        PUZZLE[:-1] + "a",
+        PUZZLE[:-1] + "\u0663",
+        "-" * 80,
+        " ".join(PUZZLE.replace(".", "-1")),
+        "55" + "." * 79,
+        "5" + "." * 8 + "5" + "." * 71,
+        "5" + "." * 9 + "5" + "." * 70,
+        changed(PUZZLE, 2, "1"),
+        changed(GRID, 80, "8"),
+    ],
+    ids=ascii,
+)
+def test_what_is_no_puzzle_or_has_no_solution_is_refused(text):
+    with pytest.raises(UserError):
+        read(text)
+
+
+def test_a_search_that_takes_too_long_is_given_up(capsys):
+    """A puzzle without a solution that Norvig's solver searched for 24 minutes."""
+    hard = ".....5.8....6.1.43..........1.5........1.6...3.......553.....61........4........."
+    assert read(hard) == hard
+    assert "not known" in capsys.readouterr().out
+
+
+# -- symmetries ------------------------------------------------------------------------------------------
+
+
+def test_a_symmetry_makes_right_grids():
+    torch.manual_seed(0)
+    x0 = torch.tensor([[int(c) for c in GRID]] * 200)
+    grids = ["".join(map(str, row)) for row in symmetry(x0).tolist()]
+    assert all(check("." * 81, [grid]) for grid in grids)
+    assert len(set(grids)) == 200
+
+
+def test_rows_columns_and_digits_move_and_half_of_the_grids_are_reflected():
+    """Each cell of these grids is a number of its own, so that it is seen where it goes."""
+    torch.manual_seed(0)
+    labelled = torch.arange(1, 82).expand(2000, -1) % 9 + 1  # the column of each cell
+    moved = symmetry(labelled).view(-1, 9, 9)
+    upright = (moved == moved[:, :1]).all(2).all(1)  # all rows alike: still columns
+    assert 0.45 < upright.float().mean() < 0.55
+    assert (moved[~upright] == moved[~upright][:, :, :1]).all()
+    orders = moved[upright][:, 0]  # of the nine digits: bands, columns in them, and names
+    assert len(orders.unique(dim=0)) > 900
+    assert (orders.sort(1).values == torch.arange(1, 10)).all()
