@@ -8,6 +8,7 @@ import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import matplotlib
 import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
@@ -96,12 +97,16 @@ def writing(path: Path) -> list[Image.Image]:
     cfg = tokengen.Config(**saved_by(tokengen.Config, path)["config"])
     cfg = replace(cfg, prompt="JULIET: ", length=300)
     states = [ids[0] for ids in tokengen.write(cfg, model, tokengen.encode_prompt(cfg, facts)[None])]
-    font, frames = ImageFont.load_default(15), []
+    font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSansMono.ttf", 14)
     texts = [tokengen.decode(facts, ids) for ids in evenly(states, 60)]
+    pages = []
     for text in texts:
-        lines = [part for line in text.splitlines() for part in textwrap.wrap(line, 90) or [""]]
-        canvas = Image.new("RGB", (760, 24 + 20 * (2 + texts[-1].count("\n"))), "white")
-        ImageDraw.Draw(canvas).multiline_text((12, 10), "\n".join(lines), fill="black", font=font)
+        lines = text.split("\n")
+        pages.append([line[i : i + 90] for line in lines for i in range(0, len(line) or 1, 90)])
+    height, frames = max(map(len, pages)), []
+    for lines in pages:
+        canvas = Image.new("RGB", (834, 24 + 19 * height), "white")
+        ImageDraw.Draw(canvas).multiline_text((12, 10), "\n".join(lines), fill="black", font=font, spacing=3)
         frames.append(canvas.convert("P", palette=Image.Palette.ADAPTIVE, colors=16))
     return frames
 
