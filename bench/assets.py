@@ -50,9 +50,8 @@ def evenly(states: list, n: int = FRAMES) -> list:
 def images(path: Path) -> list[torch.Tensor]:
     """xt (10, C, H, W) uint8 in every frame, an image of each class."""
     process, model, facts = imagen.load(path, "cpu")
-    cfg = imagen.Config(sampler="ddim", steps=FRAMES)
+    cfg, y = imagen.Config(sampler="ddim", steps=FRAMES), torch.arange(10)
     generator = torch.Generator().manual_seed(1)
-    y = torch.arange(10)
     return evenly(list(imagen.steps_of_sampling(cfg, process, model, facts["shape"], y, generator)))
 
 
@@ -60,9 +59,9 @@ def review(path: Path) -> list[str]:
     """The text that the decoder writes from xt in every frame, of the best rating."""
     writer, y = textgen.load(path, "cpu"), torch.tensor([4])
     cfg = writer.cfg
-    how = dict(sampler=cfg.sampler, steps=cfg.steps, guidance=cfg.guidance)
-    how |= dict(generator=torch.Generator().manual_seed(0))
-    steps = trajectory(writer.process, writer.model, (1, cfg.k, cfg.latent_width), y, **how)
+    how = dict(sampler=cfg.sampler, steps=cfg.steps, generator=torch.Generator().manual_seed(0))
+    shape, how = (1, cfg.k, cfg.latent_width), how | dict(guidance=cfg.guidance)
+    steps = trajectory(writer.process, writer.model, shape, y, **how)
     return writer.write(torch.cat(evenly([xt for _, xt, _ in steps])))
 
 
@@ -98,10 +97,9 @@ def writing(path: Path) -> list[Image.Image]:
     cfg = replace(cfg, prompt="JULIET: ", length=300)
     states = [ids[0] for ids in tokengen.write(cfg, model, tokengen.encode_prompt(cfg, facts)[None])]
     font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSansMono.ttf", 14)
-    texts = [tokengen.decode(facts, ids) for ids in evenly(states, 60)]
     pages = []
-    for text in texts:
-        lines = text.split("\n")
+    for ids in evenly(states, 60):
+        lines = tokengen.decode(facts, ids).split("\n")
         pages.append([line[i : i + 90] for line in lines for i in range(0, len(line) or 1, 90)])
     height, frames = max(map(len, pages)), []
     for lines in pages:

@@ -222,18 +222,9 @@ class Lucidrains:
         return x * 2 - 1
 
 
-TIMED = {
-    "ours": Ours,
-    "ours, fp32": partial(Ours, precision="fp32"),
-    "diffusers": Diffusers,
-    "denoising-diffusion-pytorch": Lucidrains,
-}
-SCORED = {
-    "ours": Ours,
-    "ours, textbook recipe": partial(Ours, textbook=True),
-    "diffusers": Diffusers,
-    "denoising-diffusion-pytorch": Lucidrains,
-}
+PEERS = {"diffusers": Diffusers, "denoising-diffusion-pytorch": Lucidrains}
+TIMED = {"ours": Ours, "ours, fp32": partial(Ours, precision="fp32")} | PEERS
+SCORED = {"ours": Ours, "ours, textbook recipe": partial(Ours, textbook=True)} | PEERS
 
 
 class Trainer:
