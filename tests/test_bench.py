@@ -12,7 +12,7 @@ from bench import images, reason, runs, text, timing
 from bench.gpt import LabelGPT, WindowGPT, mean_nats
 from blocks import Layout, bound, generate
 from common.images import load_images
-from common.run import UserError
+from common.run import run_script
 from common.scores import scale
 from tasks import arithmetic
 from tasks.problems import Problems
@@ -51,30 +51,6 @@ def test_precision_and_recall_see_missing_modes_and_stray_samples():
     assert images.covered(stray, left) == pytest.approx(0.5, abs=0.05)
 
 
-@pytest.mark.slow
-def test_inception_fid_with_a_small_network_in_place_of_inception(monkeypatch):
-    """Grey becomes RGB, real and generated are told apart, equal sets are at 0; no weights: a UserError."""
-
-    class Small(torch.nn.Module):
-        def __init__(self, *_, **__):
-            super().__init__()
-
-        def forward(self, x):
-            assert x.shape[1:] == (3, 28, 28) and x.dtype == torch.uint8
-            return x.flatten(1)[:, :2048].double() / 255
-
-    def unreachable(*_, **__):
-        raise OSError("no route to host")
-
-    x = torch.randint(0, 256, (40, 1, 28, 28), dtype=torch.uint8, generator=rng())
-    monkeypatch.setattr("torchmetrics.image.fid.NoTrainInceptionV3", unreachable)
-    with pytest.raises(UserError):
-        images.inception_fid(x, x)
-    monkeypatch.setattr("torchmetrics.image.fid.NoTrainInceptionV3", Small)
-    assert images.inception_fid(x, x) == pytest.approx(0, abs=1e-3)
-    assert images.inception_fid(x // 2, x) > 0.05
-
-
 # -- sides and runs --------------------------------------------------------------------------------------
 
 
@@ -111,7 +87,7 @@ def train(monkeypatch, tmp_path):
     def call(limit: float, scores=(0.0,), early_stop=False):
         clock, scores, rates = itertools.count(), iter(scores), []
         monkeypatch.setattr("common.run.WARMUP", 5)
-        monkeypatch.setattr("common.run.time.perf_counter", lambda: next(clock) / 2)  # two steps of it a step
+        monkeypatch.setattr("common.run.time.perf_counter", lambda: next(clock) / 2)  # four reads a step
         model = torch.nn.Linear(3, 1)
         cfg = TokenConfig(out=str(tmp_path), resume=True, max_steps=runs.FOREVER)
         ends = dict(limit=limit, score=lambda _: next(scores, 0.0), every=4, early_stop=early_stop)
@@ -254,13 +230,8 @@ def test_remasking_takes_the_least_certain_tokens_and_no_clue():
     rows = torch.stack([p, *[(1 - p) / 6] * 6], dim=-1)
     q, clues = torch.zeros(1, 2, dtype=torch.long), torch.full((1, 10), 7)
     clues[0, [0, 2]] = 0  # the least certain one is a clue
-    start = reason.remasked(
-        reason.reason.Config(precision="fp32"),
-        Known(lambda xt: rows.log()[None]),
-        torch.cat([q, clues], dim=1),
-        torch.zeros(1, 10, dtype=torch.long),
-        remask=0.25,
-    )
+    model, cfg = Known(lambda xt: rows.log()[None]), reason.reason.Config(precision="fp32")
+    start = reason.remasked(cfg, model, torch.cat([q, clues], dim=1), torch.zeros_like(clues), 0.25)
     assert (start[0, 2:] == 7).nonzero()[:, 0].tolist() == [5, 6]  # a quarter of eight
 
 
@@ -271,61 +242,64 @@ TOKENS = "--score_n 4 --every 9 --run.width 16 --run.depth 1 --run.window 48 --r
 TEXT = "--vae_steps 2 --diffusion_steps 2 --vae_width 16 --vae_depth 1 --width 16 --depth 1 --steps 2"
 
 
-def call(monkeypatch, capsys, module: str, flags: str, *more) -> str:
-    module = importlib.import_module(module)
-    run = runs.run_bench if "bench" in module.__name__ else importlib.import_module("common.run").run_script
-    monkeypatch.setattr(sys, "argv", ["bench", *flags.split(), *map(str, more)])
-    run(module.Config, module.main, module.__doc__)
-    return capsys.readouterr().out
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call("bench.text", "--score_n 4", "--load", path) runs a command: what it printed."""
+
+    def run(name: str, flags: str, *more) -> str:
+        module = importlib.import_module(name)
+        monkeypatch.setattr(sys, "argv", [name, *flags.split(), *map(str, more)])
+        (runs.run_bench if "bench" in name else run_script)(module.Config, module.main, module.__doc__)
+        return capsys.readouterr().out
+
+    return run
 
 
 @pytest.mark.slow
-def test_images_beside_peers_and_the_measures_of_a_run(monkeypatch, capsys, tmp_path):
+def test_images_beside_peers_and_the_measures_of_a_run(call, tmp_path):
     flags = "--dataset digits --rounds 1 --round_steps 1 --seconds 0.2 --score_n 20 --batch_size 8"
-    printed = call(monkeypatch, capsys, "bench.images", flags, "--out", tmp_path)
+    printed = call("bench.images", flags, "--out", tmp_path)
     assert all(printed.count(name) >= 3 for name in images.SCORED) and (tmp_path / "quality.png").exists()
     small = "--dataset digits --max_steps 2 --channels 8 16 --blocks 1 1 --score_n 0"
-    call(monkeypatch, capsys, "imagen", small, "--out", tmp_path / "run")
+    call("imagen", small, "--out", tmp_path / "run")
     load = ["--load", tmp_path / "run/last.pt", "--out", tmp_path]
-    printed = call(monkeypatch, capsys, "bench.images", "--dataset digits --score_n 30", *load)
+    printed = call("bench.images", "--dataset digits --score_n 30", *load)
     assert "| real |" in printed and (tmp_path / "nearest.png").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dataset", ["mult", "sudoku"])
-def test_reasoning_beside_gpt2_and_the_measures_of_a_run(monkeypatch, capsys, tmp_path, dataset):
+def test_reasoning_beside_gpt2_and_the_measures_of_a_run(call, tmp_path, dataset):
     flags = f"--dataset {dataset} {REASON} --tries 2 --evaluations 2"
-    printed = call(monkeypatch, capsys, "bench.reason", flags, "--out", tmp_path)
+    printed = call("bench.reason", flags, "--out", tmp_path)
     assert "| ours, multi-pass |" in printed and "| GPT-2, chain |" in printed
-    again = call(monkeypatch, capsys, "bench.reason", flags, "--out", tmp_path)
+    again = call("bench.reason", flags, "--out", tmp_path)
     assert "step 5" not in again  # what is finished is loaded
     load = ["--load", tmp_path / "multi/last.pt", "--out", tmp_path]
-    printed = call(monkeypatch, capsys, "bench.reason", flags, *load)
+    printed = call("bench.reason", flags, *load)
     assert "fresh tries" in printed and "masked again" in printed
     assert (tmp_path / "tries.png").exists() == (dataset == "sudoku")
 
 
 @pytest.mark.slow
-def test_the_study_of_self_correction(monkeypatch, capsys, tmp_path):
+def test_the_study_of_self_correction(call, tmp_path):
     flags = f"--correct {REASON} --run.max_steps 2 --out"
-    printed = call(monkeypatch, capsys, "bench.reason", flags, tmp_path)
+    printed = call("bench.reason", flags, tmp_path)
     assert printed.count("| thought 1 |") == 2
 
 
 @pytest.mark.slow
-def test_tokens_beside_a_gpt(monkeypatch, capsys, tmp_path):
+def test_tokens_beside_a_gpt(call, tmp_path):
     flags = f"--dataset manual --seconds 0.3 --blocks 4 {TOKENS}"
-    printed = call(monkeypatch, capsys, "bench.tokens", flags, "--out", tmp_path)
+    printed = call("bench.tokens", flags, "--out", tmp_path)
     assert "| GPT |" in printed and "| blocks of 4 |" in printed and (tmp_path / "curves.png").exists()
 
 
 @pytest.mark.slow
-def test_texts_beside_gpt2_and_reviews_by_tokens(monkeypatch, capsys, tmp_path):
-    call(monkeypatch, capsys, "textgen", f"--dataset grammar {TEXT} --score_n 0", "--out", tmp_path)
+def test_texts_beside_gpt2_and_reviews_by_tokens(call, tmp_path):
+    call("textgen", f"--dataset grammar {TEXT} --score_n 0", "--out", tmp_path)
     path = tmp_path / "diffusion/last.pt"
-    printed = call(monkeypatch, capsys, "bench.text", "--score_n 4", "--load", path)
+    printed = call("bench.text", "--score_n 4", "--load", path)
     assert "AuBLEU" in printed and "| GPT-2 top-p 0.92 |" in printed
-    printed = call(
-        monkeypatch, capsys, "bench.tokens", TOKENS, "--planner", path, "--out", tmp_path / "tokens"
-    )
+    printed = call("bench.tokens", TOKENS, "--planner", path, "--out", tmp_path / "tokens")
     assert "| held out |" in printed and "| tokens, 4 steps a block |" in printed and "| GPT |" in printed
