@@ -83,8 +83,8 @@ class Config:
     }
 
     def __post_init__(self):
-        names = "train_n width depth max_steps batch_size steps tries votes sample_every save_every"
-        check_range(self, names, 1)
+        check_range(self, "train_n width depth max_steps batch_size steps tries votes", 1)
+        check_range(self, "sample_every save_every", 1)
         check_range(self, "temperature try_temperature score_n", 0)
         check_range(self, "lr muon_lr shift", 1e-9)
         check_range(self, "snapshot", 0, 1)
@@ -92,10 +92,7 @@ class Config:
             (1 <= min(self.digits) <= max(self.digits) <= 8, "--digits must be from 1 to 8"),
             (0 <= self.masks[0] < self.masks[1] <= 1, "--masks must be two shares, the smaller first"),
             (self.width % 16 == 0, "--width must be divisible by 16"),
-            (
-                not self.snapshot or self.passes == "multi",
-                "--snapshot needs earlier thoughts: --passes multi",
-            ),
+            (not self.snapshot or self.passes == "multi", "--snapshot needs --passes multi"),
             (self.prompt is None or self.load, "--prompt needs a checkpoint: add --load out/NAME/last.pt"),
         ):
             if not right:
@@ -175,10 +172,8 @@ def score(cfg: Config, facts: dict, model: TokenTransformer, problems: Problems,
     An answer that the check refuses is tried again from the beginning.
     """
     questions = [question for question, _ in problems.test[:n]]
-    masked = ask(facts, questions)[:, facts["widths"][0] :] == model.mask_id
-    cost = cfg.votes * sum(
-        block.sum(1).clamp(max=cfg.steps) for block in masked.split(model.layout.widths, 1)
-    )
+    masked = (ask(facts, questions)[:, model.layout.q :] == model.mask_id).split(model.layout.widths, dim=1)
+    cost = cfg.votes * sum(block.sum(1).clamp(max=cfg.steps) for block in masked)  # (n,): of a try
     right, spent = [False] * len(questions), 0
     for i in range(cfg.tries):
         left = [j for j in range(len(questions)) if not right[j]]
@@ -195,11 +190,12 @@ def report(cfg: Config, facts: dict, model: TokenTransformer, problems: Problems
     for steps in sorted({1, 4, cfg.steps}) if kinds else []:
         tried = replace(cfg, steps=steps, tries=cfg.tries if steps == cfg.steps else 1)
         for i, (right, spent) in enumerate(score(tried, facts, model, problems, cfg.score_n), 1):
-            if i & (i - 1) == 0 or i == cfg.tries:
-                log(f"{steps} steps, {i} tries: {spent:.3g} evaluations each")
-                for kind in sorted(set(kinds)):
-                    of_kind = [right[j] for j in range(len(kinds)) if kinds[j] == kind]
-                    log(f"  {kind} {sum(of_kind) / len(of_kind):.3f} of {len(of_kind)} are right")
+            if i & (i - 1) and i < cfg.tries:
+                continue
+            log(f"{steps} steps, {i} tries: {spent:.3g} evaluations each")
+            for kind in sorted(set(kinds)):
+                of_kind = [right[j] for j in range(len(kinds)) if kinds[j] == kind]
+                log(f"  {kind} {sum(of_kind) / len(of_kind):.3f} of {len(of_kind)} are right")
 
 
 def show_answer(cfg: Config, facts: dict, model: TokenTransformer, question: str) -> None:
@@ -211,10 +207,10 @@ def show_answer(cfg: Config, facts: dict, model: TokenTransformer, question: str
         if right := not check or check(question, decode(facts, states[-1])[0]):
             break
     shown = [decode(facts, states[(len(states) - 1) * i // 3])[0] for i in range(4)]
-    for i in range(0, 81, 9) if facts["axes"] else []:
-        log("    ".join(" ".join(grid[i : i + 9]) for (grid,) in shown))
-    if not facts["axes"]:
-        log("\n".join([question, *map(" | ".join, shown)]))
+    rows = [question, *map(" | ".join, shown)]
+    if facts["axes"]:  # the grids side by side
+        rows = ["    ".join(" ".join(grid[i : i + 9]) for (grid,) in shown) for i in range(0, 81, 9)]
+    log("\n".join(rows))
     if cfg.votes > 1:
         log(f"majority: {' | '.join(answer(cfg, facts, model, [question])[0])}")
     if not right:
@@ -239,7 +235,7 @@ def train(cfg: Config, problems: Problems, device: torch.device) -> None:
     facts = problems.facts
     model = build(cfg, facts, device)
     layout, process, (low, high) = model.layout, Masked(model.mask_id), cfg.masks
-    ids = torch.cat(columns(facts, problems.train), dim=1).to(device)
+    ids, thoughts = torch.cat(columns(facts, problems.train), dim=1).to(device), len(facts["widths"]) - 1
     thought = torch.repeat_interleave(torch.tensor(facts["widths"][1:])).to(device)  # (k,): 0 0 0 1 1 ...
     blocks = model.transformer.blocks.named_parameters()
     matrices = [p for name, p in blocks if p.dim() == 2 and "ada" not in name]
@@ -247,9 +243,7 @@ def train(cfg: Config, problems: Problems, device: torch.device) -> None:
         for _, batch in run.steps(len(ids)):
             q, x0 = ids[batch].split([layout.q, layout.k], dim=1)
             x0 = problems.symmetry(x0) if problems.symmetry else x0
-            u = low + (high - low) * torch.rand(
-                len(x0), len(facts["widths"]) - 1, device=device
-            )  # of each thought
+            u = low + (high - low) * torch.rand(len(x0), thoughts, device=device)
             t = (cfg.shift * u / (1 + (cfg.shift - 1) * u))[:, thought]
             with autocast(device, cfg.precision):
                 clean = torch.cat([q, x0], dim=1)[:, : layout.c]
