@@ -1,0 +1,410 @@
+"""reason.py: chains as ids, thinking, tries, training, the script as a user runs it."""
+
+import dataclasses
+import json
+import zlib
+
+import pytest
+import torch
+
+import reason
+from blocks import generate
+from common.run import UserError, open_checkpoint
+from diffusion import Masked
+from tasks import sudoku
+from tasks.load import load_problems
+from tasks.problems import END, MARK_ID, decode
+
+CPU = torch.device("cpu")
+SMALL = "--width 32 --depth 1 --batch_size 16 --train_n 300 --steps 2 --score_n 5 --precision fp32".split()
+MULT = ["--digits", 2, 1, *SMALL]
+SUDOKU = ["--dataset", "sudoku", *SMALL, "--train_n", 20]
+PUZZLE = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
+
+
+def write_problems(path):
+    """40 problems of one equation or of two."""
+    rows = []
+    for i in range(60, 100):
+        steps = f"He has <<{i}+5={i + 5}>>{i + 5}.\n" + f"<<{i}*1={i}>>So.\n" * (i % 2)
+        rows.append(dict(question=f"Tom has {i} pens and buys 5. How many?", answer=f"{steps}#### {i + 5}"))
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def random_model(cfg, problems):
+    """Config, facts, a model with random weights, problems."""
+    facts = problems.facts
+    model = reason.build(cfg, facts, CPU)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return cfg, facts, model.eval(), problems
+
+
+@pytest.fixture(scope="module")
+def chains(tmp_path_factory):
+    """A model of chains of two or three thoughts."""
+    path = str(write_problems(tmp_path_factory.mktemp("gsm") / "gsm.jsonl"))
+    cfg = reason.Config(dataset=path, width=32, depth=1, steps=3, precision="fp32")
+    return random_model(cfg, load_problems(path, 100, (3, 2)))
+
+
+@pytest.fixture(scope="module")
+def grids():
+    cfg = reason.Config(dataset="sudoku", width=32, depth=1, steps=5, precision="fp32")
+    return random_model(cfg, load_problems("sudoku", 20, (3, 2)))
+
+
+def questions_of(problems, n):
+    return [question for question, _ in problems.test[:n]]
+
+
+# -- chains as ids ---------------------------------------------------------------------------------------
+
+
+def test_chains_of_any_length_come_back_from_their_ids(chains):
+    _, facts, _, problems = chains
+    question, *thoughts = reason.columns(facts, problems.train)
+    found = decode(facts, torch.cat(thoughts, dim=1))
+    assert found == [thoughts for _, thoughts in problems.train]
+    assert decode(facts | dict(widths=[0, question.shape[1]]), question) == [[q] for q, _ in problems.train]
+    short = torch.tensor([len(chain) == 2 for chain in found])
+    assert (thoughts[-1][short] == END).all() and 0 < short.sum() < len(short)
+
+
+def test_of_a_question_all_is_known_but_the_thoughts(chains):
+    _, facts, model, problems = chains
+    ids, q = reason.ask(facts, [question for question, _ in problems.train]), model.layout.q
+    assert torch.equal(ids[:, :q], reason.columns(facts, problems.train)[0])
+    assert ids.shape[1] == sum(facts["widths"]) and (ids[:, q:] == model.mask_id).all()
+
+
+def test_of_a_puzzle_all_is_known_but_the_open_cells(grids):
+    _, facts, model, problems = grids
+    ids = reason.ask(facts, questions_of(problems, 30))
+    for row, puzzle in zip(ids.tolist(), questions_of(problems, 30), strict=True):
+        assert row == [model.mask_id if c == "." else int(c) for c in puzzle]
+    assert facts["axes"] == sudoku.AXES and model.layout.q == 0
+
+
+# -- thinking --------------------------------------------------------------------------------------------
+
+
+def test_thinking_ends_when_every_chain_has_its_answer(chains, monkeypatch):
+    cfg, facts, model, problems = chains
+    begun = []
+
+    def fake(model, q, xt, **_):
+        """Thoughts of one letter; the second of the first chain and all of the other are answers."""
+        start = 0
+        for i, width in enumerate(model.layout.widths):
+            xt = xt.clone()
+            xt[:, start : start + width] = 5
+            xt[1, start] = MARK_ID
+            xt[0, start] = MARK_ID if i == 1 else 5
+            start += width
+            begun.append(i)
+            yield i, xt
+
+    monkeypatch.setattr(reason, "generate", fake)
+    found = reason.answer(cfg, facts, model, questions_of(problems, 2))
+    assert [len(chain) for chain in found] == [2, 1]
+    assert begun == [0, 1] and len(model.layout.widths) == 3
+
+
+def test_many_questions_give_the_chains_of_each(chains):
+    cfg, facts, model, problems = chains
+    questions = questions_of(problems, 3)
+    alone = [reason.answer(cfg, facts, model, [question])[0] for question in questions]
+    assert reason.answer(cfg, facts, model, questions) == alone
+    assert len(reason.answer(cfg, facts, model, questions[:1] * 2001)) == 2001
+    assert reason.answer(cfg, facts, model, []) == []
+
+
+def test_settings_of_sampling_reach_the_chain(chains):
+    cfg, facts, model, problems = chains
+    ids, last = reason.ask(facts, questions_of(problems, 3)), {}
+    for name, value in [("steps", 2), ("steps", 5), ("order", "random"), ("temperature", 1.0)]:
+        chosen = dataclasses.replace(cfg, **{name: value})
+        first, *states = reason.think(chosen, model, ids)
+        *_, again = reason.think(dataclasses.replace(chosen, seed=1), model, ids)
+        assert torch.equal(first, ids[:, model.layout.q :])
+        assert len(states) == chosen.steps * len(model.layout.widths)
+        assert torch.equal(states[-1], again) == (name == "steps")  # the others are drawn
+        last[name, value] = states[-1]
+    assert not torch.equal(last["steps", 2], last["steps", 5])
+
+
+def test_the_clues_of_a_puzzle_stay(grids):
+    cfg, facts, model, problems = grids
+    ids = reason.ask(facts, questions_of(problems, 20))
+    known = ids != model.mask_id
+    states = list(reason.think(cfg, model, ids))
+    assert len(states) == 1 + cfg.steps
+    assert all(torch.equal(xt[known], ids[known]) for xt in states)
+    assert (states[-1] != model.mask_id).all()
+
+
+def test_the_most_frequent_answer_of_the_votes_counts(chains, monkeypatch):
+    cfg, facts, model, problems = chains
+    answers = iter([3, 4, 4, 5, 3])
+    monkeypatch.setattr(reason, "think", lambda cfg, model, ids: iter([ids]))
+    monkeypatch.setattr(reason, "decode", lambda *_: [[f"#### {next(answers)}"]])
+    assert reason.answer(dataclasses.replace(cfg, votes=4), facts, model, ["Tom?"]) == [["#### 4"]]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 64])
+@pytest.mark.parametrize("made", ["chains", "grids"])
+def test_evaluations_are_those_that_each_problem_takes_alone(made, steps, request, monkeypatch):
+    cfg, facts, model, problems = request.getfixturevalue(made)
+    cfg, denoise, calls = dataclasses.replace(cfg, steps=steps), model.denoise, []
+    monkeypatch.setattr(model, "denoise", lambda *args: calls.append(1) or denoise(*args))
+    # No random chain has its answer early, so all blocks are made.
+    monkeypatch.setattr(reason, "MARK_ID", -1)
+    for question in questions_of(problems, 3):
+        reason.answer(cfg, facts, model, [question])
+    count = len(calls)
+    assert next(reason.score(cfg, facts, model, problems, 3))[1] == pytest.approx(count / 3)
+
+
+def test_what_is_right_is_kept_and_the_rest_tried_again(grids, monkeypatch):
+    """The first try solves four of twelve puzzles, and each later one the first of those that are left."""
+    cfg, facts, model, problems = grids
+    cfg = dataclasses.replace(cfg, tries=4, seed=7)
+    truth, calls = {}, []
+    for question in questions_of(problems, 12):
+        truth[question] = next(filter(None, sudoku.solve(question)))
+
+    def answer(cfg, facts, model, questions):
+        calls.append((cfg.temperature, cfg.seed, len(questions)))
+        solved = [i % 3 == 0 if len(calls) == 1 else i == 0 for i in range(len(questions))]
+        return [[truth[q] if right else "1" * 81] for q, right in zip(questions, solved, strict=True)]
+
+    monkeypatch.setattr(reason, "answer", answer)
+    found = [(list(right), spent) for right, spent in reason.score(cfg, facts, model, problems, 12)]
+    assert calls == [(0.0, 7, 12), (1.0, 8, 8), (1.0, 9, 7), (1.0, 10, 6)]
+    assert found[0][0] == [i % 3 == 0 for i in range(12)]
+    assert [sum(right) for right, _ in found] == [4, 5, 6, 7]
+    assert [spent for _, spent in found] == pytest.approx([5, 5 + 40 / 12, 5 + 75 / 12, 5 + 105 / 12])
+
+
+def test_right_answers_never_fall_from_try_to_try(chains):
+    cfg, facts, model, problems = chains
+    checked = dataclasses.replace(
+        problems, check=lambda _, chain: zlib.crc32("".join(chain).encode()) % 5 == 0
+    )
+    before, last, sums = [], 0, []
+    for right, spent in reason.score(dataclasses.replace(cfg, tries=6), facts, model, checked, 4):
+        assert all(now >= then for now, then in zip(right, before, strict=False))
+        assert spent > last or all(before)
+        before, last = list(right), spent
+        sums.append(sum(right))
+    assert sums[-1] > sums[0]
+
+
+# -- training --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """What each step of training hands to the loss: x0, the clean ids, t."""
+    seen = []
+
+    class Spy(Masked):
+        def loss(self, model, x0, y, t):
+            seen.append((x0, y, t))
+            return super().loss(model, x0, y, t)
+
+    monkeypatch.setattr(reason, "Masked", Spy)
+    return seen
+
+
+@pytest.mark.parametrize("passes", ["multi", "single"])
+def test_each_thought_has_a_step_of_its_own_and_masks_three_times_the_odds(passes, spy, tmp_path, cli):
+    status, printed = cli("reason", *MULT, "--passes", passes, "--max_steps", 40, "--out", tmp_path)
+    assert status == 0, printed
+    t = torch.cat([t for _, _, t in spy])
+    assert t.shape == (40 * 16, 7)  # thoughts of 3 and of 4 tokens
+    assert (t[:, :3] == t[:, :1]).all() and (t[:, 3:] == t[:, 3:4]).all()
+    assert torch.corrcoef(t[:, [0, 3]].T)[0, 1].abs() < 0.15
+    assert (t[:, 0] / (1 - t[:, 0])).median().item() == pytest.approx(3, rel=0.3)
+
+
+def test_snapshots_stand_in_the_context_but_not_in_the_target(spy, tmp_path, cli):
+    status, printed = cli("reason", *MULT, "--snapshot", 0.5, "--max_steps", 40, "--out", tmp_path)
+    assert status == 0, printed
+    problems = load_problems("mult", 300, (2, 1))
+    true = set(map(tuple, torch.cat(reason.columns(problems.facts, problems.train), dim=1).tolist()))
+    kept = []
+    for x0, y, _ in spy:
+        assert all(tuple(ids) in true for ids in torch.cat([y[:, :4], x0], dim=1).tolist())
+        kept += (y[:, 4:] == x0[:, :3]).all(1).tolist()
+    # Half of the chains; of these some have no mask, or a lucky guess, where the model is asked.
+    assert 0.45 < sum(kept) / len(kept) < 0.75
+
+
+def test_weights_that_are_not_finite_end_a_run_with_snapshots_in_a_message(tmp_path, cli):
+    flags = ["--snapshot", 0.9, "--lr", 1e9, "--muon_lr", 1e9, "--max_steps", 60, "--out", tmp_path]
+    status, printed = cli("reason", *MULT, *flags)
+    assert status == 2 and "finite" in printed and "Traceback" not in printed
+
+
+def test_a_puzzle_is_learned_from_full_grids_in_their_symmetries(spy, tmp_path, cli):
+    flags = ["--max_steps", 10, "--score_n", 1, "--masks", 0.3, 0.6, "--out", tmp_path]
+    status, printed = cli("reason", *SUDOKU, *flags)
+    assert status == 0, printed
+    x0, y, t = (torch.cat(part) for part in zip(*spy, strict=True))
+    assert y.shape == (10 * 16, 0)
+    assert all(sudoku.check("." * 81, ["".join(map(str, row))]) for row in x0.tolist())
+    assert len(x0.unique(dim=0)) == 160
+    assert (t == t[:, :1]).all() and 0.3 <= t.min() < 0.32 and 0.58 < t.max() <= 0.6
+
+
+@pytest.mark.parametrize("passes", ["multi", "single"])
+def test_chains_are_learned_by_heart(passes, tmp_path, cli):
+    network = "--train_n 20 --width 64 --depth 1 --batch_size 20 --max_steps 120 --score_n 1".split()
+    network += "--lr 1e-2 --muon_lr 0.05".split()
+    status, printed = cli("reason", "--digits", 2, 1, "--passes", passes, *network, "--out", tmp_path)
+    assert status == 0, printed
+    model, facts = reason.load(tmp_path / "last.pt", CPU)
+    problems = load_problems("mult", 20, (2, 1))
+    found = reason.answer(reason.Config(), facts, model, [question for question, _ in problems.train])
+    assert sum(a == b for a, (_, b) in zip(found, problems.train, strict=True)) >= 18
+
+
+@pytest.mark.parametrize(
+    "flags", [MULT, [*MULT, "--snapshot", 0.5], SUDOKU], ids=["chains", "snapshots", "grids"]
+)
+def test_interrupted_and_resumed_ends_with_the_same_bits(flags, tmp_path, cli):
+    command = [*flags, "--max_steps", 6, "--save_every", 2, "--sample_every", 3]
+    assert cli("reason", *command, "--out", tmp_path / "whole")[0] == 0
+    update = reason.Run.update
+
+    def killed(run, loss):
+        if run.step == 4:
+            raise KeyboardInterrupt
+        update(run, loss)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reason.Run, "update", killed)
+        assert cli("reason", *command, "--out", tmp_path / "half")[0] != 0
+    assert cli("reason", *command, "--resume", "--out", tmp_path / "half")[0] == 0
+    with (
+        open_checkpoint(tmp_path / "whole/last.pt", reason.Config) as whole,
+        open_checkpoint(tmp_path / "half/last.pt", reason.Config) as half,
+    ):
+        for part in ("model", "ema"):
+            assert all(torch.equal(whole[part][name], half[part][name]) for name in whole[part])
+
+
+# -- the script ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Checkpoints of small runs: of multiplications, of puzzles, of a file's problems."""
+    out = tmp_path_factory.mktemp("runs")
+    small = dict(width=32, depth=1, batch_size=16, max_steps=3, steps=2, score_n=0, precision="fp32")
+    path = str(write_problems(out / "gsm.jsonl"))
+    for name, more in dict(
+        mult=dict(train_n=300, digits=(2, 1)), sudoku=dict(train_n=20), file=dict(dataset=path)
+    ).items():
+        reason.main(reason.Config(**dict(dataset=name) | small | more, out=str(out / name)))
+    return out
+
+
+def test_a_checkpoint_answers_without_its_problems(trained, cli, monkeypatch):
+    monkeypatch.setattr(reason, "load_problems", None)
+    for name, prompt in dict(
+        mult="2 1*3", sudoku=PUZZLE, file="Tom has 99 pens and buys 5. How many?"
+    ).items():
+        status, printed = cli("reason", "--load", trained / name / "last.pt", "--prompt", prompt)
+        assert status == 0, printed
+        flags = ["--votes", 3, "--temperature", 0.5, *(["--tries", 2] if name != "file" else [])]
+        assert cli("reason", "--load", trained / name / "last.pt", "--prompt", prompt, *flags)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", " ", "1*2", "123*4", "12+3", "x", "\udcff\udcff*\udcff", "12*3\u00b2"]
+)
+def test_a_prompt_must_look_like_the_training_questions(prompt, trained, cli):
+    status, printed = cli("reason", "--load", trained / "mult/last.pt", "--prompt", prompt)
+    assert status == 2 and "Traceback" not in printed
+
+
+@pytest.mark.parametrize("prompt", ["", "\t", "Zo\u00eb?", "\udcff", "Tom" * 100])
+def test_a_prompt_must_be_of_the_characters_of_a_file(prompt, trained, cli):
+    assert cli("reason", "--load", trained / "file/last.pt", "--prompt", prompt)[0] == 2
+
+
+@pytest.mark.parametrize("prompt", ["", "\udcff" * 81, "11" + "." * 79, PUZZLE[1:]])
+def test_a_prompt_must_be_a_puzzle(prompt, trained, cli):
+    assert cli("reason", "--load", trained / "sudoku/last.pt", "--prompt", prompt)[0] == 2
+
+
+def test_a_full_grid_is_its_own_answer(trained, cli):
+    grid = next(filter(None, sudoku.solve(PUZZLE)))
+    status, printed = cli("reason", "--load", trained / "sudoku/last.pt", "--prompt", grid)
+    assert status == 0 and printed.count(" ".join(grid[:9])) == 4
+
+
+@pytest.mark.parametrize("made, dataset", [("sudoku", "mult"), ("mult", "countdown"), ("file", "sudoku")])
+def test_a_checkpoint_of_other_problems_is_refused(made, dataset, trained, cli):
+    for flags in (["--prompt", PUZZLE], ["--score_n", 5]):
+        status, printed = cli("reason", "--load", trained / made / "last.pt", "--dataset", dataset, *flags)
+        assert status == 2 and "last.pt" in printed
+
+
+def test_a_score_counts_by_kinds_and_by_tries(trained, cli):
+    status, printed = cli("reason", "--load", trained / "sudoku/last.pt", "--score_n", 20, "--tries", 3)
+    assert status == 0, printed
+    for kind in ("29 clues", "33 clues", "minimal"):
+        assert printed.count(f"  {kind} ") == 2 + 3  # 1 and 4 evaluations; 2 with 1, 2 and 3 tries
+    status, printed = cli("reason", "--load", trained / "mult/last.pt", "--score_n", 7)
+    assert status == 0 and printed.count("of 7") == 3
+    assert cli("reason", "--load", trained / "file/last.pt", "--score_n", 2, "--tries", 2)[0] == 2
+
+
+def test_a_finished_run_is_loaded_and_other_settings_or_data_are_refused(trained, cli):
+    command = [*SMALL, "--max_steps", 3, "--digits", 2, 1, "--out", trained / "mult"]
+    status, printed = cli("reason", *command)
+    assert status == 0 and "3 of 3" in printed
+    for flags in (["--depth", 2], ["--passes", "single"], ["--shift", 1.0], ["--digits", 1, 2]):
+        assert cli("reason", *command, *flags)[0] == 2
+
+
+def test_a_checkpoint_is_used_from_python(trained):
+    model, facts = reason.load(trained / "mult/last.pt", "cpu")
+    (chain,) = reason.answer(reason.Config(), facts, model, ["21*3"])
+    ids = reason.ask(facts, ["21*3"])
+    *_, (_, xt) = generate(model, ids[:, : model.layout.q])
+    assert decode(facts, xt) == [chain]
+    with pytest.raises(ValueError):
+        list(generate(model, ids))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--prompt", "1*1"],
+        ["--steps", 0],
+        ["--digits", 0, 2],
+        ["--width", 40],
+        ["--snapshot", 0.5, "--passes", "single"],
+        ["--temperature", -1],
+        ["--dataset", "sodoku"],
+        ["--dataset", "no.txt"],
+        ["--masks", 0.8, 0.2],
+        ["--tries", 0],
+        ["--load", "no.pt"],
+    ],
+)
+def test_a_mistake_is_one_message_and_status_2(flags, tmp_path, cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, printed = cli("reason", *flags)
+    assert status == 2 and "Traceback" not in printed
+
+
+def test_prompts_are_refused_without_a_checkpoint():
+    with pytest.raises(UserError):
+        reason.Config(prompt="1*1")
