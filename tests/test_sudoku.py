@@ -174,6 +174,7 @@ def framed(puzzle, line="+-------+-------+-------+"):
         *(PUZZLE.replace(".", blank) for blank in ".0_-*xX?"),
         *(framed(PUZZLE).replace(".", blank) for blank in ".0_*x?"),
         framed(PUZZLE).replace("|", "\t"),
+        framed(PUZZLE).replace("\n", " "),
         framed(PUZZLE, "------+-------+------").replace(".", "-"),
         PUZZLE[:40].replace(".", "0") + PUZZLE[40:],
         f"  {PUZZLE}\n",
@@ -184,7 +185,7 @@ def framed(puzzle, line="+-------+-------+-------+"):
         str([[int(c) for c in PUZZLE[i : i + 9].replace(".", "0")] for i in range(0, 81, 9)]),
         str([[-1 if c == "." else int(c) for c in PUZZLE[i : i + 9]] for i in range(0, 81, 9)]),
     ],
-    ids=range(24),
+    ids=range(25),
 )
 def test_a_puzzle_is_read_as_people_write_it(text):
     assert read(text) == PUZZLE
