@@ -20,9 +20,9 @@ from common.run import (
     Run,
     UserError,
     autocast,
-    check_range,
+    check_config,
+    load_model,
     log,
-    open_checkpoint,
     pick_device,
     resolve_out,
     run_script,
@@ -75,14 +75,15 @@ class Config:
     RECIPES: ClassVar = {"digits": dict(max_steps=1500), "mnist": dict(max_steps=2200)}
 
     def __post_init__(self):
-        check_range(self, "T max_steps batch_size samples sample_every save_every patch depth", 1)
-        check_range(self, "label_drop", 0, 1)
-        check_range(self, "seed score_n guidance", 0)
-        check_range(self, "steps", 1, self.T)
-        if len(self.channels) != len(self.blocks) or any(c % 8 for c in self.channels) or self.width % 16:
-            raise UserError("--channels takes multiples of 8, one for each of --blocks; --width one of 16")
-        if self.guidance and not self.label_drop:
-            raise UserError("--guidance needs a model trained with some labels dropped: --label_drop 0.1")
+        levels = len(self.channels) == len(self.blocks) and not any(c % 8 for c in self.channels)
+        check_config(
+            self,
+            (self.steps <= self.T, f"--steps must be at most --T {self.T}, got {self.steps}"),
+            (self.label_drop <= 1, "--label_drop is a share, from 0 to 1"),
+            (levels, "--channels takes multiples of 8, one for each of --blocks"),
+            (self.width % 16 == 0, "--width must be divisible by 16"),
+            (self.label_drop or not self.guidance, "--guidance needs training with --label_drop above 0"),
+        )
 
 
 def build(cfg: Config, facts: dict, device: torch.device) -> tuple[Diffusion, nn.Module]:
@@ -111,11 +112,7 @@ def load(path, device=None, cfg: Config | None = None) -> tuple[Diffusion, nn.Mo
 
     facts: the shape (C, H, W) of the images and the names of their classes.
     """
-    with open_checkpoint(path, Config) as saved:
-        cfg = cfg or Config(**saved["config"])
-        process, model = build(cfg, saved["facts"], pick_device(device))
-        model.load_state_dict(saved["ema"])
-    return process, model.eval(), saved["facts"]
+    return load_model(path, Config, build, device, cfg)
 
 
 # -- samples ---------------------------------------------------------------------------------------------

@@ -19,9 +19,9 @@ from common.run import (
     Run,
     UserError,
     autocast,
-    check_range,
+    check_config,
+    load_model,
     log,
-    open_checkpoint,
     pick_device,
     resolve_out,
     run_script,
@@ -83,41 +83,34 @@ class Config:
     }
 
     def __post_init__(self):
-        check_range(self, "train_n width depth max_steps batch_size steps tries votes", 1)
-        check_range(self, "sample_every save_every", 1)
-        check_range(self, "temperature try_temperature score_n", 0)
-        check_range(self, "lr muon_lr shift", 1e-9)
-        check_range(self, "snapshot", 0, 1)
-        for right, hint in (
+        low, high = self.masks
+        check_config(
+            self,
             (1 <= min(self.digits) <= max(self.digits) <= 8, "--digits must be from 1 to 8"),
-            (0 <= self.masks[0] < self.masks[1] <= 1, "--masks must be two shares, the smaller first"),
+            (0 <= low < high <= 1, "--masks must be two shares, the smaller first"),
             (self.width % 16 == 0, "--width must be divisible by 16"),
+            (self.snapshot <= 1, "--snapshot is a share, from 0 to 1"),
             (not self.snapshot or self.passes == "multi", "--snapshot needs --passes multi"),
             (self.prompt is None or self.load, "--prompt needs a checkpoint: add --load out/NAME/last.pt"),
-        ):
-            if not right:
-                raise UserError(hint)
+        )
 
 
-def build(cfg: Config, facts: dict, device: torch.device) -> TokenTransformer:
-    """The denoiser of chains: a block for each thought, or a single one."""
+def build(cfg: Config, facts: dict, device: torch.device) -> tuple[Masked, TokenTransformer]:
+    """The process and the denoiser of chains: a block for each thought, or a single one."""
     q, *thoughts = facts["widths"]
     torch.manual_seed(cfg.seed)
     layout = Layout([q, *thoughts] if cfg.passes == "multi" else [q, sum(thoughts)], facts["axes"])
-    return TokenTransformer(len(facts["alphabet"]) + 1, layout, cfg.width, cfg.depth).to(device)
+    model = TokenTransformer(len(facts["alphabet"]) + 1, layout, cfg.width, cfg.depth)
+    return Masked(model.mask_id), model.to(device)
 
 
-def load(path, device=None, cfg: Config | None = None) -> tuple[TokenTransformer, dict]:
-    """The denoiser (the averaged weights) and the facts of a checkpoint. From Python:
+def load(path, device=None, cfg: Config | None = None) -> tuple[Masked, TokenTransformer, dict]:
+    """Process, denoiser (the averaged weights) and facts of a checkpoint. To ask it for 123 x 54:
 
-    model, facts = load("out/mult/last.pt")
-    answer(Config(), facts, model, ["321*45"])  # 123 x 54: [["2940", "+05160", "####24660"]]
+    _, model, facts = load("out/mult/last.pt")
+    answer(Config(), facts, model, ["321*45"])  # [["2940", "+05160", "####24660"]]
     """
-    with open_checkpoint(path, Config) as saved:
-        facts = saved["facts"]
-        model = build(cfg or Config(**saved["config"]), facts, pick_device(device))
-        model.load_state_dict(saved["ema"])
-    return model.eval(), facts
+    return load_model(path, Config, build, device, cfg)
 
 
 # -- answers ---------------------------------------------------------------------------------------------
@@ -233,13 +226,11 @@ def read_prompt(facts: dict, prompt: str) -> str:
 
 def train(cfg: Config, problems: Problems, device: torch.device) -> None:
     facts = problems.facts
-    model = build(cfg, facts, device)
-    layout, process, (low, high) = model.layout, Masked(model.mask_id), cfg.masks
+    process, model = build(cfg, facts, device)
+    layout, (low, high) = model.layout, cfg.masks
     ids, thoughts = torch.cat(columns(facts, problems.train), dim=1).to(device), len(facts["widths"]) - 1
     thought = torch.repeat_interleave(torch.tensor(facts["widths"][1:])).to(device)  # (k,): 0 0 0 1 1 ...
-    blocks = model.transformer.blocks.named_parameters()
-    matrices = [p for name, p in blocks if p.dim() == 2 and "ada" not in name]
-    with Run(cfg, model, facts, device, muon=matrices) as run:
+    with Run(cfg, model, facts, device, muon=model.matrices()) as run:
         for _, batch in run.steps(len(ids)):
             q, x0 = ids[batch].split([layout.q, layout.k], dim=1)
             x0 = problems.symmetry(x0) if problems.symmetry else x0
@@ -285,7 +276,7 @@ def snapshot(cfg: Config, process: Masked, model, x0: Tensor, clean: Tensor, t: 
 
 def main(cfg: Config) -> None:
     if cfg.load:
-        model, facts = load(cfg.load, cfg=cfg)
+        _, model, facts = load(cfg.load, cfg=cfg)
         if facts["task"] != (cfg.dataset if cfg.dataset in TASKS else ""):
             raise UserError(f"{cfg.load} was trained on other problems than {cfg.dataset}")
         if cfg.prompt is not None:

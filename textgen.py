@@ -25,7 +25,7 @@ from common.run import (
     Run,
     UserError,
     autocast,
-    check_range,
+    check_config,
     is_builtin,
     log,
     open_checkpoint,
@@ -108,14 +108,12 @@ class Config:
     )
 
     def __post_init__(self):
-        check_range(self, "max_tokens k latent_width span vocab width vae_width depth vae_depth vae_steps", 1)
-        check_range(self, "vae_batch diffusion_steps diffusion_batch samples sample_every save_every", 1)
-        check_range(self, "p_max self_condition", 0, 1)
-        check_range(self, "latent_noise beta guidance score_n", 0)
-        check_range(self, "steps", 1, T)
-        check_range(self, "shift", 0.01)
-        if self.width % 16 or self.vae_width % 8:
-            raise UserError("--width must be divisible by 16, and --vae_width by 8")
+        check_config(
+            self,
+            (max(self.p_max, self.self_condition) <= 1, "--p_max and --self_condition are at most 1"),
+            (self.steps <= T, f"--steps must be at most {T}"),
+            (self.width % 16 == self.vae_width % 8 == 0, "16 must divide --width, and 8 --vae_width"),
+        )
 
     @property
     def reads_text(self) -> bool:
@@ -345,13 +343,17 @@ def shuffled(rows: list, seed: int) -> list:
 
 
 def check_settings(cfg: Config) -> None:
-    """Raise UserError for settings that do not go together."""
-    if cfg.prompt is not None and not (cfg.load and cfg.reads_text):
-        raise UserError("--prompt is for the --load of a model whose --condition is a text: leave it out")
-    if cfg.span > 1 and not cfg.k * (cfg.span - 1) < cfg.max_tokens <= cfg.k * cfg.span:
-        raise UserError(f"--k {cfg.k} --span {cfg.span} must just cover --max_tokens {cfg.max_tokens}")
-    if (cfg.encoder == "scratch") != (cfg.decoder == "scratch"):
-        raise UserError("--encoder and --decoder: both scratch, or both pretrained")
+    """Raise UserError for settings that do not go together, once the recipe's are known."""
+    covered = cfg.span == 1 or cfg.k * (cfg.span - 1) < cfg.max_tokens <= cfg.k * cfg.span
+    check_config(
+        cfg,
+        (
+            cfg.prompt is None or cfg.load and cfg.reads_text,
+            "--prompt needs --load and a text as condition",
+        ),
+        (covered, f"--k {cfg.k} --span {cfg.span} must just cover --max_tokens {cfg.max_tokens}"),
+        ((cfg.encoder == "scratch") == (cfg.decoder == "scratch"), "--encoder, --decoder: give both or none"),
+    )
 
 
 def load_texts(cfg: Config) -> texts.Texts:

@@ -24,10 +24,10 @@ from common.run import (
     Run,
     UserError,
     autocast,
-    check_range,
+    check_config,
     is_builtin,
+    load_model,
     log,
-    open_checkpoint,
     pick_device,
     resolve_out,
     run_script,
@@ -85,16 +85,14 @@ class Config:
     RECIPES: ClassVar = {}
 
     def __post_init__(self):
-        check_range(self, "window block width depth max_steps batch_size sample_every save_every", 1)
-        check_range(self, "steps length samples", 1)
-        check_range(self, "score_n seed vocab", 0)
-        check_range(self, "temperature", 0, 100)
-        if 0 < self.vocab < 300:
-            raise UserError(f"--vocab must be at least 300, or 0 for characters; got {self.vocab}")
-        if self.window % self.block or self.width % 16:
-            raise UserError(f"--block must divide the --window of {self.window}, and 16 the --width")
-        if self.gap is not None and (len(self.gap) != 1 or self.gap not in self.prompt):
-            raise UserError(f"--gap must be one character of the --prompt, got {self.gap!r}")
+        check_config(
+            self,
+            (self.vocab == 0 or self.vocab >= 300, "--vocab must be at least 300, or 0 for characters"),
+            (self.window % self.block == 0, f"--block must divide the --window of {self.window}"),
+            (self.width % 16 == 0, "--width must be divisible by 16"),
+            (self.gap is None or len(self.gap) == 1, "--gap must be one character"),
+            (self.gap is None or self.gap in self.prompt, f"--gap {self.gap!r} is not in the --prompt"),
+        )
 
 
 # -- text as ids -----------------------------------------------------------------------------------------
@@ -183,20 +181,17 @@ def window_starts(cfg: Config, facts: dict, ids: Tensor, stride: int = 1) -> Ten
 # -- the model, and how it writes ------------------------------------------------------------------------
 
 
-def build(cfg: Config, facts: dict, device: torch.device) -> TokenTransformer:
-    """The denoiser of windows in blocks."""
+def build(cfg: Config, facts: dict, device: torch.device) -> tuple[Masked, TokenTransformer]:
+    """The process and the denoiser of windows in blocks."""
     torch.manual_seed(cfg.seed)
     layout = Layout([0] + [cfg.block] * (cfg.window // cfg.block))
-    return TokenTransformer(vocabulary(facts), layout, cfg.width, cfg.depth, rope=True).to(device)
+    model = TokenTransformer(vocabulary(facts), layout, cfg.width, cfg.depth, rope=True)
+    return Masked(model.mask_id), model.to(device)
 
 
 def load(path, device=None, cfg: Config | None = None) -> tuple[Masked, TokenTransformer, dict]:
     """Process, denoiser (the averaged weights) and facts of a checkpoint, ready to write."""
-    with open_checkpoint(path, Config) as saved:
-        cfg = cfg or Config(**saved["config"])
-        model = build(cfg, saved["facts"], pick_device(device))
-        model.load_state_dict(saved["ema"])
-    return Masked(model.mask_id), model.eval(), saved["facts"]
+    return load_model(path, Config, build, device, cfg)
 
 
 @torch.no_grad()
@@ -268,11 +263,9 @@ def train(cfg: Config, text: str, text_test: str, device: torch.device) -> None:
         log(f"{cut} lines have more than {cfg.window} tokens and are cut: raise --window")
     # Fail before training, not after.
     window_starts(cfg, facts, encode(facts, text_test), cfg.window), encode_prompt(cfg, facts)
-    model = build(cfg, facts, device)
-    layout, process, windows = model.layout, Masked(model.mask_id), ids.unfold(0, cfg.window, 1)
-    blocks = model.transformer.blocks.named_parameters()
-    muon = [p for name, p in blocks if p.dim() == 2 and "ada" not in name]
-    with Run(cfg, model, facts, device, muon=muon) as run:
+    process, model = build(cfg, facts, device)
+    layout, windows = model.layout, ids.unfold(0, cfg.window, 1)
+    with Run(cfg, model, facts, device, muon=model.matrices()) as run:
         for _, batch in run.steps(len(starts)):
             x0 = windows[starts[batch]]
             masked = draw_masks(layout, x0, stratified(len(x0), len(layout.widths), device))

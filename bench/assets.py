@@ -67,7 +67,7 @@ def review(path: Path) -> list[str]:
 
 def thinking(path: Path, question: str) -> tuple[list, list[str]]:
     """The ids (1, k) of a question's answer at every step, and the thoughts in them, "_" where masked."""
-    model, facts = reason.load(path, "cpu")
+    _, model, facts = reason.load(path, "cpu")
     cfg = reason.Config(**saved_by(reason.Config, path)["config"])
     states = list(reason.think(cfg, model, reason.ask(facts, [question])))
     return [(xt == model.mask_id)[0] for xt in states], [" | ".join(decode(facts, xt)[0]) for xt in states]

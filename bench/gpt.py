@@ -1,7 +1,5 @@
 """The autoregressive models beside ours: GPT-2s that read a class or a question, and a GPT of windows."""
 
-from types import SimpleNamespace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -92,10 +90,9 @@ class WindowGPT(nn.Module):
         ends = dict(bos_token_id=V, eos_token_id=None, pad_token_id=None)
         self.gpt = GPTNeoXForCausalLM(GPTNeoXConfig(**size, **like, **ends))
 
-    @property
-    def transformer(self):
-        """Where tokengen.py finds the matrices for Muon."""
-        return SimpleNamespace(blocks=self.gpt.gpt_neox.layers)
+    def matrices(self) -> list[Tensor]:
+        """The matrices of the layers, for Muon."""
+        return [p for p in self.gpt.gpt_neox.layers.parameters() if p.dim() == 2]
 
     def forward(self, xt: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Logits (B, k, V + 1) given the clean tokens y (B, k - 1)."""

@@ -29,7 +29,7 @@ from bench.runs import draw, millions, print_table, run_bench, saved_by
 from bench.timing import interleaved, spread, synchronize
 from common.images import Images, load_images
 from common.pictures import picture, save_picture
-from common.run import CLIP, EMA, WARMUP, UserError, autocast, batch_indices, check_range, log, pick_device
+from common.run import CLIP, EMA, WARMUP, UserError, autocast, batch_indices, check_config, log, pick_device
 from common.scores import frechet_distance, load_classifier, scale, score_images
 from diffusion import SAMPLERS, SCHEDULES, Diffusion, sample
 
@@ -52,8 +52,7 @@ class Config:
     out: str = "out/bench/images"  # folder of the figure and the sample grids
 
     def __post_init__(self):
-        check_range(self, "rounds round_steps batch_size", 1)
-        check_range(self, "score_n", 20)
+        check_config(self, (self.score_n >= 20, "--score_n must be at least 20"))
 
 
 # -- measures --------------------------------------------------------------------------------------------

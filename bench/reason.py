@@ -27,7 +27,7 @@ from bench.gpt import QuestionGPT
 from bench.runs import FOREVER, TimedRun, draw, millions, print_table, run_bench, saved_by, timed
 from bench.timing import best_rate
 from blocks import Layout
-from common.run import UserError, autocast, check_range, log, pick_device, resolve_out
+from common.run import UserError, autocast, check_config, log, pick_device, resolve_out
 from diffusion import uniform
 from tasks.load import load_problems
 from tasks.problems import END, MARK, Problems, decode
@@ -65,8 +65,7 @@ class Config:
         return Config(**settings)
 
     def __post_init__(self):
-        check_range(self, "seconds", 0.1)
-        check_range(self, "tries score_n every", 1)
+        check_config(self, (self.score_n > 0, "--score_n must be at least 1"))
 
 
 def in_folder(cfg: Config, name: str, **settings) -> reason.Config:
@@ -161,7 +160,7 @@ def try_remasked(run: reason.Config, facts: dict, model, problems: Problems, n: 
 
 def measure(cfg: Config, problems: Problems, device: torch.device) -> None:
     """Print what a checkpoint gets right by evaluations, order and tries; draw it, of the hardest puzzles."""
-    model, facts = reason.load(cfg.load, device)
+    _, model, facts = reason.load(cfg.load, device)
     if facts != problems.facts:
         raise UserError(f"{cfg.load} was trained on other problems than {cfg.dataset}")
     saved, rows, curves, n = saved_by(reason.Config, cfg.load), [], {}, cfg.score_n
@@ -299,7 +298,7 @@ def ours(cfg: Config, passes: str, problems: Problems, device: torch.device) -> 
 
     with timed(reason, limit=cfg.seconds, score=score, every=cfg.every):
         reason.train(run, problems, device)
-    model, _ = reason.load(f"{run.out}/last.pt", device)
+    _, model, _ = reason.load(f"{run.out}/last.pt", device)
     fast, right = replace(run, steps=cfg.evaluations[0]), {}
     for steps in cfg.evaluations:
         right[str(steps)] = next(reason.score(replace(run, steps=steps), facts, model, problems, n))[0]
@@ -387,7 +386,7 @@ def self_correction(cfg: Config, problems: Problems, device: torch.device) -> No
     for snapshot in (0.0, 0.5):
         run = in_folder(cfg, f"snapshot{snapshot:g}", snapshot=snapshot, max_steps=cfg.run.max_steps)
         reason.train(run, problems, device)
-        model, rng = reason.load(f"{run.out}/last.pt", device)[0], random.Random(run.seed)
+        model, rng = reason.load(f"{run.out}/last.pt", device)[1], random.Random(run.seed)
         for i in range(min(len(chain) for _, chain in few.test)):
             chains = [(question, list(chain)) for question, chain in few.test]
             for _, chain in chains if i else []:

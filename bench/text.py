@@ -27,7 +27,7 @@ from bench.gpt import LabelGPT, mean_nats
 from bench.runs import TimedRun, millions, print_table, run_bench, saved_by
 from bench.timing import interleaved, spread
 from common import scores, texts
-from common.run import autocast, check_range, log, pick_device
+from common.run import autocast, check_config, log, pick_device
 from diffusion import drop_condition
 from tasks import grammar
 from vae import TextVAE, kl, pretrained_backbones, small_backbones, small_gpt, substitute
@@ -46,8 +46,7 @@ class Config:
     base_batch: int = 8  # speed: texts of a diffusion step at the base size
 
     def __post_init__(self):
-        check_range(self, "rounds round_steps base_batch", 1)
-        check_range(self, "score_n", 2)
+        check_config(self, (self.score_n >= 2, "--score_n must be at least 2"))
 
 
 # -- measures --------------------------------------------------------------------------------------------

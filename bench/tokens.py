@@ -22,7 +22,8 @@ import tokengen
 from bench.gpt import WindowGPT
 from bench.runs import FOREVER, draw, millions, print_table, run_bench, saved_by, timed
 from bench.timing import best_rate
-from common.run import check_range, log, pick_device, resolve_out, save_text
+from common.run import check_config, log, pick_device, resolve_out, save_text
+from diffusion import Masked
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,16 @@ class Config:
     run: tokengen.Config = field(default_factory=tokengen.Config)
 
     def __post_init__(self):
-        check_range(self, "seconds share", 0.01)
-        check_range(self, "score_n every", 2)
+        check_config(self, (min(self.score_n, self.every) >= 2, "--score_n and --every must be at least 2"))
 
 
 def gpt_or_ours(name: str):
     """Within it, tokengen.py builds a GPT if that is the name."""
 
-    def build(run: tokengen.Config, facts: dict, device: torch.device) -> WindowGPT:
+    def build(run: tokengen.Config, facts: dict, device: torch.device) -> tuple[Masked, WindowGPT]:
         torch.manual_seed(run.seed)
-        return WindowGPT(tokengen.vocabulary(facts), run.window, run.width, run.depth).to(device)
+        gpt = WindowGPT(tokengen.vocabulary(facts), run.window, run.width, run.depth)
+        return Masked(gpt.mask_id), gpt.to(device)
 
     return patch.object(tokengen, "build", build) if name == "GPT" else nullcontext()
 

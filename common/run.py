@@ -38,6 +38,7 @@ FREE = frozenset(
     "resume load sampler order steps guidance temperature try_temperature tries votes prompt gap length "
     "samples classes score_n".split()
 )
+MAY_BE_0 = ("seed", "score_n", "vocab")
 
 
 class UserError(Exception):
@@ -94,11 +95,15 @@ def run_script(Config, main, doc: str) -> None:
             dist.destroy_process_group()
 
 
-def check_range(cfg, names: str, low: float, high: float = 10**9) -> None:
-    """Raise UserError where one of cfg's fields in `names`, separated by spaces, is not in [low, high]."""
-    for name in names.split():
-        if not low <= getattr(cfg, name) <= high:
-            raise UserError(f"--{name} must be from {low} to {high}, got {getattr(cfg, name)}")
+def check_config(cfg, *rules: tuple[bool, str]) -> None:
+    """Raise UserError for a number that is too small, or a rule that does not hold."""
+    for name, value in asdict(cfg).items():
+        least = 1 if type(value) is int and name not in MAY_BE_0 else 0
+        if type(value) in (int, float) and not least <= value <= 10**9:
+            raise UserError(f"--{name} must be at least {least}, got {value}")
+    for holds, hint in rules:
+        if not holds:
+            raise UserError(hint)
 
 
 def is_builtin(dataset: str, names) -> bool:
@@ -174,6 +179,14 @@ def open_checkpoint(path, Config):
         raise
     except Exception as error:  # of any type: a file can be damaged, or made up, in any way
         raise UserError(f"{path} is not a checkpoint that fits here: {error!r:.400}") from error
+
+
+def load_model(path, Config, build, device=None, cfg=None) -> tuple:
+    """Process, model (what `build` makes of them, with the averaged weights) and facts of a checkpoint."""
+    with open_checkpoint(path, Config) as saved:
+        process, model = build(cfg or Config(**saved["config"]), saved["facts"], pick_device(device))
+        model.load_state_dict(saved["ema"])
+    return process, model.eval(), saved["facts"]
 
 
 def same_settings(cfg, saved: dict, path, free) -> None:

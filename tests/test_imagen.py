@@ -174,7 +174,7 @@ def test_images_without_classes_train_and_are_drawn(tmp_path, cli):
 
 
 def test_fashionmnist_is_read_from_its_own_files(fake_fashionmnist, tmp_path, cli):
-    run = ["--data_dir", fake_fashionmnist, "--out", tmp_path, *TINY, "--max_steps", 2, "--score_n", 20]
+    run = ["--data_dir", fake_fashionmnist, "--out", tmp_path, *TINY, "--max_steps", 2]
     status, printed = cli("imagen", *run)
     assert status == 0 and "120 training and 60 test images" in printed
 

@@ -35,7 +35,7 @@ def write_problems(path):
 def random_model(cfg, problems):
     """Config, facts, a model with random weights, problems."""
     facts = problems.facts
-    model = reason.build(cfg, facts, CPU)
+    _, model = reason.build(cfg, facts, CPU)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     return cfg, facts, model.eval(), problems
@@ -266,7 +266,7 @@ def test_chains_are_learned_by_heart(passes, tmp_path, cli):
     network += "--lr 1e-2 --muon_lr 0.05".split()
     status, printed = cli("reason", "--digits", 2, 1, "--passes", passes, *network, "--out", tmp_path)
     assert status == 0, printed
-    model, facts = reason.load(tmp_path / "last.pt", CPU)
+    _, model, facts = reason.load(tmp_path / "last.pt", CPU)
     problems = load_problems("mult", 20, (2, 1))
     found = reason.answer(reason.Config(), facts, model, [question for question, _ in problems.train])
     assert sum(a == b for a, (_, b) in zip(found, problems.train, strict=True)) >= 18
@@ -374,7 +374,7 @@ def test_a_finished_run_is_loaded_and_other_settings_or_data_are_refused(trained
 
 
 def test_a_checkpoint_is_used_from_python(trained):
-    model, facts = reason.load(trained / "mult/last.pt", "cpu")
+    _, model, facts = reason.load(trained / "mult/last.pt", "cpu")
     (chain,) = reason.answer(reason.Config(), facts, model, ["21*3"])
     ids = reason.ask(facts, ["21*3"])
     *_, (_, xt) = generate(model, ids[:, : model.layout.q])
