@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-TORCHRUN = dist.is_torchelastic_launched()  # without it, RANK and WORLD_SIZE are leftovers
-RANK = int(os.environ["RANK"]) if TORCHRUN else 0
-WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
+RANK, WORLD = 0, 1
+if dist.is_torchelastic_launched():  # else these two are left over from something else
+    RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 WARMUP, COOLDOWN, CLIP, EMA, LOG_EVERY = 100, 0.2, 1.0, 0.999, 50
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PROGRESS = ("step", "seconds", "losses", "rows")  # attributes of a Run that its checkpoint keeps
@@ -115,12 +115,12 @@ def is_builtin(dataset: str, names) -> bool:
 
 def resolve_out(cfg):
     """cfg with the name of its data set in cfg.out. UserError for a folder inside the data."""
-    data = Path(os.path.abspath(Path(cfg.dataset).expanduser()))
+    data = Path(os.path.abspath(os.path.expanduser(cfg.dataset)))
     name = data.stem if data.is_file() else data.name
-    out = Path(cfg.out.replace("{dataset}", name)).expanduser()
+    out = os.path.expanduser(cfg.out.replace("{dataset}", name))
     if data.is_dir() and Path(os.path.abspath(out)).is_relative_to(data):
         raise UserError(f"--out {out} is inside {data}, and would become data: choose another folder")
-    return replace(cfg, out=str(out))
+    return replace(cfg, out=out)
 
 
 def pick_device(device=None) -> torch.device:
