@@ -27,7 +27,7 @@ from common.run import (
     resolve_out,
     run_script,
 )
-from common.scores import load_classifier, scale, score_images
+from common.scores import can_score, load_classifier, scale, score_images
 from diffusion import SAMPLERS, SCHEDULES, Diffusion, ImageTransformer, UNet, drop_condition, trajectory
 
 
@@ -160,9 +160,7 @@ def film(cfg: Config, process: Diffusion, model, facts: dict) -> list:
 
 
 def score(cfg: Config, process: Diffusion, model, images: Images, folder: Path) -> None:
-    """Log how cfg.score_n samples, if any, compare with the test images; the folder keeps the classifier."""
-    if not cfg.score_n:
-        return
+    """Log how cfg.score_n samples compare with the test images; the folder keeps the classifier."""
     net = load_classifier(images, folder / "classifier.pt", process.a_table.device)
     order = torch.randperm(len(images.y), generator=torch.Generator().manual_seed(cfg.seed))
     y = images.y[order[: cfg.score_n]]
@@ -192,10 +190,8 @@ def train(cfg: Config, images: Images, device: torch.device) -> None:
             names, rows = draw_rows(cfg, process, run.ema, facts)
             save_picture(picture(names, rows), run.out / "samples/grid.png")
             save_film(film(cfg, process, run.ema, facts), run.out / "samples/film.gif")
-            try:
+            if cfg.score_n and can_score(images):
                 score(cfg, process, run.ema, images, run.out)
-            except UserError as error:  # too few images or classes, which is no reason not to train
-                log(f"no score: {error}")
             log(f"wrote {run.out}; more samples: python imagen.py --load {run.out / 'last.pt'} --samples 20")
 
 
@@ -210,11 +206,11 @@ def main(cfg: Config) -> None:
     tag = f"{cfg.sampler}_{cfg.steps}_guidance{cfg.guidance:g}_seed{cfg.seed}"
     folder = Path(cfg.load).expanduser().parent
     names, rows = draw_rows(cfg, process, model, facts)
-    chosen = "".join(f"_{name}" for name in cfg.classes)
-    save_picture(picture(names, rows), folder / f"samples/{tag}{chosen}.png")
-    save_film(film(cfg, process, model, facts), folder / f"samples/{tag}.gif")
     save_files(names, rows, folder / "samples" / tag)
-    log(f"wrote {folder}/samples/{tag}{chosen}.png, and each sample in {folder}/samples/{tag}")
+    tag += "".join(f"_{i}" for i in chosen(cfg, facts) if cfg.classes)
+    save_picture(picture(names, rows), folder / f"samples/{tag}.png")
+    save_film(film(cfg, process, model, facts), folder / f"samples/{tag}.gif")
+    log(f"wrote {folder}/samples: {tag}.png, {tag}.gif, and each sample")
     if cfg.score_n:
         if images.facts != facts:
             raise UserError(f"{cfg.load} was not trained on {cfg.dataset}: it may have seen its test images")
