@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +16,14 @@ import imagen
 from common.pictures import picture, save_files
 from common.run import UserError, open_checkpoint
 from diffusion import sample
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_classifier():
+    """What it has learned after 20 steps is enough here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(imagen, "load_classifier", partial(imagen.load_classifier, steps=20))
+        yield
 
 
 @pytest.fixture(scope="module")
