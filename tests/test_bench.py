@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bench import images, reason, runs, text, timing
+from bench import images, reason, runs, text
 from bench.gpt import LabelGPT, WindowGPT, mean_nats
 from blocks import Layout, bound, generate
 from common.images import load_images
@@ -72,14 +72,6 @@ def test_a_side_learns_and_samples(name):
     assert torch.equal(x, again)
 
 
-def test_sides_take_turns_after_a_round_that_warms_up():
-    calls = []
-    sides = {"a": lambda r: calls.append(f"a{r}"), "b": lambda r: calls.append(f"b{r}")}
-    took = timing.interleaved(sides, 2, CPU)
-    assert calls == ["a0", "b0", "a1", "b1", "a2", "b2"]
-    assert [len(seconds) for seconds in took.values()] == [2, 2]
-
-
 @pytest.fixture
 def train(monkeypatch, tmp_path):
     """train(limit, scores) trains a line for so many seconds, of which each step takes one: its TimedRun."""
@@ -101,38 +93,24 @@ def train(monkeypatch, tmp_path):
 
 
 def test_a_run_ends_with_its_seconds_cools_down_before_and_goes_on_for_more(train):
-    run, rates = train(100.0)
-    assert run.seconds == pytest.approx(100, rel=0.02)
+    run, rates = train(40.0)
+    assert run.seconds == pytest.approx(40, rel=0.03)
     assert run.curve[-1][:2] == (run.step, run.seconds)
-    assert rates[run.step * 7 // 10] == max(rates) and rates[-1] < 0.06 * max(rates)
-    again, rates = train(100.0)
+    assert rates[run.step * 7 // 10] == max(rates) and rates[-1] < 0.15 * max(rates)
+    again, rates = train(40.0)
     assert not rates and again.curve == run.curve
-    more, rates = train(125.0)
-    assert len(rates) == pytest.approx(run.step / 4, rel=0.1)
+    more, rates = train(50.0)
+    assert len(rates) == pytest.approx(run.step / 4, rel=0.2)
     assert more.curve[: len(run.curve)] == run.curve
 
 
 def test_a_run_stops_early_where_the_score_rises(train):
-    run, _ = train(100.0, [3.0, 2.0, 2.5], early_stop=True)
+    run, _ = train(40.0, [3.0, 2.0, 2.5], early_stop=True)
     assert [score for _, _, score in run.curve] == [3.0, 2.0, 2.5]
-    assert not train(100.0, early_stop=True)[1]
+    assert not train(40.0, early_stop=True)[1]
 
 
 # -- GPTs ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_a_gpt_learns_a_text_for_each_label_and_one_for_none():
-    torch.manual_seed(0)
-    y, target = torch.tensor([-1, 0, 1]), torch.randint(2, 50, (3, 10))
-    target[:, -1] = 1
-    model = LabelGPT(small_gpt(50, 32, 2, 12), 2, 1)
-    opt = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(150):
-        model(y, target).backward()
-        opt.step()
-        opt.zero_grad()
-    assert torch.equal(model.eval().write(y, 10), target)
 
 
 def test_mean_nats_count_every_token_alike():
@@ -166,8 +144,6 @@ def test_planners_way_is_the_same_loss_of_the_same_parameters():
     torch.manual_seed(1)
     theirs = text.planner_loss(vae, ids, ids)
     torch.testing.assert_close(ours, theirs)
-    theirs.backward()
-    assert [name for name, p in vae.named_parameters() if p.grad is None] == []
 
 
 @pytest.mark.parametrize("fixed", [True, False])
@@ -243,12 +219,12 @@ TEXT = "--vae_steps 2 --diffusion_steps 2 --vae_width 16 --vae_depth 1 --width 1
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """call("bench.text", "--score_n 4", "--load", path) runs a command: what it printed."""
+def call(monkeypatch, capsys, tmp_path):
+    """call("bench.text", "--score_n 4 --load OUT/last.pt") runs a command: what it printed; OUT: tmp_path."""
 
-    def run(name: str, flags: str, *more) -> str:
+    def run(name: str, flags: str) -> str:
         module = importlib.import_module(name)
-        monkeypatch.setattr(sys, "argv", [name, *flags.split(), *map(str, more)])
+        monkeypatch.setattr(sys, "argv", [name, *flags.replace("OUT", str(tmp_path)).split()])
         (runs.run_bench if "bench" in name else run_script)(module.Config, module.main, module.__doc__)
         return capsys.readouterr().out
 
@@ -257,49 +233,37 @@ def call(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_images_beside_peers_and_the_measures_of_a_run(call, tmp_path):
-    flags = "--dataset digits --rounds 1 --round_steps 1 --seconds 0.2 --score_n 20 --batch_size 8"
-    printed = call("bench.images", flags, "--out", tmp_path)
+    flags = "--dataset digits --rounds 1 --round_steps 1 --seconds 0.2 --score_n 20 --batch_size 8 --out OUT"
+    printed = call("bench.images", flags)
     assert all(printed.count(name) >= 3 for name in images.SCORED) and (tmp_path / "quality.png").exists()
-    small = "--dataset digits --max_steps 2 --channels 8 16 --blocks 1 1 --score_n 0"
-    call("imagen", small, "--out", tmp_path / "run")
-    load = ["--load", tmp_path / "run/last.pt", "--out", tmp_path]
-    printed = call("bench.images", "--dataset digits --score_n 30", *load)
+    call("imagen", "--dataset digits --max_steps 2 --channels 8 16 --blocks 1 1 --score_n 0 --out OUT/run")
+    printed = call("bench.images", "--dataset digits --score_n 30 --load OUT/run/last.pt --out OUT")
     assert "| real |" in printed and (tmp_path / "nearest.png").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dataset", ["mult", "sudoku"])
 def test_reasoning_beside_gpt2_and_the_measures_of_a_run(call, tmp_path, dataset):
-    flags = f"--dataset {dataset} {REASON} --tries 2 --evaluations 2"
-    printed = call("bench.reason", flags, "--out", tmp_path)
+    flags = f"--dataset {dataset} {REASON} --tries 2 --evaluations 2 --out OUT"
+    printed = call("bench.reason", flags)
     assert "| ours, multi-pass |" in printed and "| GPT-2, chain |" in printed
-    again = call("bench.reason", flags, "--out", tmp_path)
-    assert "step 5" not in again  # what is finished is loaded
-    load = ["--load", tmp_path / "multi/last.pt", "--out", tmp_path]
-    printed = call("bench.reason", flags, *load)
+    assert "step 5" not in call("bench.reason", flags)  # what is finished is loaded
+    printed = call("bench.reason", f"{flags} --load OUT/multi/last.pt")
     assert "fresh tries" in printed and "masked again" in printed
     assert (tmp_path / "tries.png").exists() == (dataset == "sudoku")
 
 
 @pytest.mark.slow
-def test_the_study_of_self_correction(call, tmp_path):
-    flags = f"--correct {REASON} --run.max_steps 2 --out"
-    printed = call("bench.reason", flags, tmp_path)
-    assert printed.count("| thought 1 |") == 2
+def test_the_study_of_self_correction(call):
+    assert call("bench.reason", f"--correct {REASON} --run.max_steps 2 --out OUT").count("| thought 1 |") == 2
 
 
 @pytest.mark.slow
-def test_tokens_beside_a_gpt(call, tmp_path):
-    flags = f"--dataset manual --seconds 0.3 --blocks 4 {TOKENS}"
-    printed = call("bench.tokens", flags, "--out", tmp_path)
+def test_texts_and_tokens_beside_gpts_and_reviews_by_tokens(call, tmp_path):
+    printed = call("bench.tokens", f"--dataset manual --seconds 0.3 --blocks 4 {TOKENS} --out OUT")
     assert "| GPT |" in printed and "| blocks of 4 |" in printed and (tmp_path / "curves.png").exists()
-
-
-@pytest.mark.slow
-def test_texts_beside_gpt2_and_reviews_by_tokens(call, tmp_path):
-    call("textgen", f"--dataset grammar {TEXT} --score_n 0", "--out", tmp_path)
-    path = tmp_path / "diffusion/last.pt"
-    printed = call("bench.text", "--score_n 4", "--load", path)
+    call("textgen", f"--dataset grammar {TEXT} --score_n 0 --out OUT")
+    printed = call("bench.text", "--score_n 4 --load OUT/diffusion/last.pt")
     assert "AuBLEU" in printed and "| GPT-2 top-p 0.92 |" in printed
-    printed = call("bench.tokens", TOKENS, "--planner", path, "--out", tmp_path / "tokens")
+    printed = call("bench.tokens", f"{TOKENS} --planner OUT/diffusion/last.pt --out OUT/tokens")
     assert "| held out |" in printed and "| tokens, 4 steps a block |" in printed and "| GPT |" in printed

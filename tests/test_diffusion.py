@@ -1,6 +1,7 @@
 """diffusion.py against closed forms and against diffusers; learning and wiring of the denoisers."""
 
 import math
+from itertools import pairwise
 
 import diffusers
 import numpy as np
@@ -16,7 +17,6 @@ from diffusion import (
     ImageAttention,
     ImageTransformer,
     LatentTransformer,
-    StepEmbedding,
     UNet,
     attention,
     cosine,
@@ -61,14 +61,17 @@ def test_schedules_go_from_data_to_noise_for_any_T(name, T):
     assert a[-1] < 0.04
 
 
-def test_a_schedule_that_keeps_the_signal_is_refused():
-    with pytest.raises(ValueError, match=r"got \(1, 0\) to \(0.2, 0.8\)"):
+def test_what_has_no_samples_is_refused():
+    with pytest.raises(ValueError, match="0.2, 0.8"):  # a schedule that keeps the signal
         Diffusion(torch.linspace(1, 0.2, 11), torch.linspace(0, 0.8, 11))
-
-
-def test_eps_is_refused_where_it_says_nothing_of_x0():
-    with pytest.raises(ValueError, match="predict v, x0 or flow"):
+    with pytest.raises(ValueError, match="eps"):  # where eps says nothing of x0
         Diffusion(*rectified_flow(10), "eps")
+    with pytest.raises(ValueError, match="1001"):  # more steps than the schedule has
+        sample(Diffusion(*cosine(1000)), denoiser, (1, 2), steps=1001)
+    with pytest.raises(ValueError, match="1000"):  # sigma is infinite at one of them
+        sample(Diffusion(*rectified_flow(1000)), denoiser, (1, 2), steps=1000)
+    with pytest.raises(TypeError, match="uint8"):
+        Diffusion(*cosine(10)).loss(denoiser, torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
 
 
 def test_shift_divides_the_signal_to_noise_ratio():
@@ -133,10 +136,7 @@ def reference(scheduler, steps):
     scheduler.set_timesteps(**how)
     for t in scheduler.timesteps:
         out = denoiser(x, torch.full((16,), int(t) + 1))
-        noise = (
-            {} if isinstance(scheduler, diffusers.DPMSolverMultistepScheduler) else dict(generator=generator)
-        )
-        x = scheduler.step(out, t, x, **noise).prev_sample
+        x = scheduler.step(out, t, x, generator=generator).prev_sample
     return x
 
 
@@ -185,26 +185,12 @@ def test_karras_spacing_follows_its_rule():
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 2, 9, 250, 999])
-def test_the_number_of_evaluations_is_the_number_asked_for(name, sampler, steps):
+def test_steps_fall_from_noise_to_zero_with_as_many_evaluations_as_asked_for(name, sampler, steps):
     process, calls = Diffusion(*SCHEDULES[name](1000)), []
     sample(process, lambda xt, t, y: calls.append(t) or xt * 0, (1, 2), sampler=sampler, steps=steps)
     assert len(calls) == (2 * ((steps + 1) // 2) - 1 if sampler == "heun" else steps)
-
-
-@pytest.mark.parametrize("steps", [1, 2, 10, 999, 1000])
-def test_steps_fall_from_noise_to_zero(steps):
-    for _, spacing in SAMPLERS.values():
-        ts = spacing(Diffusion(*cosine(1000)), steps)
-        assert all(t > u for t, u in zip(ts[:-1], ts[1:], strict=True))
-        assert ts[-1] == 0
-        assert ts[0] <= 1000
-
-
-def test_more_steps_than_the_schedule_has_are_refused():
-    with pytest.raises(ValueError, match="1..1000"):
-        sample(Diffusion(*cosine(1000)), denoiser, (1, 2), steps=1001)
-    with pytest.raises(ValueError, match="at 999 steps only, got 1000"):
-        sample(Diffusion(*rectified_flow(1000)), denoiser, (1, 2), steps=1000)
+    ts = SAMPLERS[sampler][1](process, steps)
+    assert 1000 >= ts[0] and ts[-1] == 0 and all(t > u for t, u in pairwise(ts))
 
 
 # -- samplers against distributions in closed form -------------------------------------------------------
@@ -220,16 +206,8 @@ def gaussian_denoiser(process, mu, sd):
     return model
 
 
-@pytest.mark.parametrize(
-    "name, sampler, order",
-    [
-        ("cosine", "ddim", 1),
-        ("flow", "ddim", 1),
-        ("cosine", "dpm++", 2),
-        ("cosine", "heun", 2),
-        ("flow", "heun", 2),
-    ],
-)
+@pytest.mark.parametrize("name", ["cosine", "flow"])
+@pytest.mark.parametrize("sampler, order", [("ddim", 1), ("dpm++", 2), ("heun", 2)])
 def test_deterministic_samplers_converge_at_their_order(name, sampler, order):
     """For Gaussian data the exact map of xt at step t is mu + sd (xt - a mu) / sqrt(a^2 sd^2 + s^2)."""
     process, mu, sd = Diffusion(*SCHEDULES[name](20_000), "x0"), 0.3, 0.5
@@ -261,7 +239,7 @@ def test_samples_have_the_standard_deviation_of_the_data(name, sampler, steps):
 
 
 @pytest.mark.parametrize("name", ["cosine", "flow"])
-@pytest.mark.parametrize("sampler, steps", [("ddpm", 300), ("ddim", 300), ("dpm++", 60), ("heun", 99)])
+@pytest.mark.parametrize("sampler, steps", [("ddpm", 300), ("ddim", 100), ("dpm++", 30), ("heun", 49)])
 def test_samplers_reach_a_mixture(name, sampler, steps):
     """Data 0.3 N(-1, 0.1^2) + 0.7 N(0.8, 0.2^2), whose posterior mean is known, by Wasserstein distance."""
     process = Diffusion(*SCHEDULES[name](1000), "x0")
@@ -273,9 +251,9 @@ def test_samplers_reach_a_mixture(name, sampler, steps):
         p = (w.log() - var.log() / 2 - (xt - a * mu) ** 2 / (2 * var)).softmax(-1)  # (B, 2)
         return (p * (mu + a * sd**2 / var * (xt - a * mu))).sum(-1, keepdim=True)
 
-    x = sample(process, model, (20_000, 1), sampler=sampler, steps=steps, generator=rng(0))[:, 0]
-    k = torch.multinomial(w, 20_000, replacement=True, generator=rng(1))
-    data = mu[k] + sd[k] * torch.randn(20_000, generator=rng(2))
+    x = sample(process, model, (8000, 1), sampler=sampler, steps=steps, generator=rng(0))[:, 0]
+    k = torch.multinomial(w, 8000, replacement=True, generator=rng(1))
+    data = mu[k] + sd[k] * torch.randn(8000, generator=rng(2))
     assert scipy.stats.wasserstein_distance(x, data) < 0.035
 
 
@@ -290,8 +268,7 @@ def test_ddpm_steps_have_the_posterior_of_eq_7():
             mean = alpha_bar[u].sqrt() * beta * x0 + (1 - beta).sqrt() * (1 - alpha_bar[u]) * xt
             variance = (1 - alpha_bar[u]) / (1 - alpha_bar[u + 1]) * beta
             z = (xu - mean / (1 - alpha_bar[u + 1])) / variance.sqrt()
-            assert abs(z.mean()) < 0.02
-            assert abs(z.std() - 1) < 0.02
+            assert abs(z.mean()) < 0.02 and abs(z.std() - 1) < 0.02
         xt = xu
     assert torch.equal(xt, x0)  # and the last step adds no noise
 
@@ -303,11 +280,7 @@ def test_guidance_and_clipping_hold_in_every_sampler(sampler):
     def model(xt, t, y):
         return torch.full_like(xt, 0.1 if y is None else 0.3)
 
-    for guidance, clip, wanted in [
-        (0.0, 9.0, 0.3),
-        (2.0, 9.0, 0.7),
-        (9.0, 1.0, 1.0),
-    ]:  # 3 * 0.3 - 2 * 0.1 = 0.7
+    for guidance, clip, wanted in [(0.0, 9.0, 0.3), (2.0, 9.0, 3 * 0.3 - 2 * 0.1), (9.0, 1.0, 1.0)]:
         settings = dict(guidance=guidance, clip=clip, sampler=sampler, steps=5, generator=rng())
         assert sample(process, model, (4, 2), y, **settings).unique().tolist() == pytest.approx([wanted])
 
@@ -321,7 +294,7 @@ def test_self_conditioning_shows_the_first_guess_in_training_and_the_last_one_in
         return w * xt
 
     torch.manual_seed(0)
-    for _ in range(250):
+    for _ in range(200):
         process.loss(model, torch.randn(4, 3, 2))
     guesses = [guess for guess in seen if guess is not None]
     assert 70 < len(guesses) < 130
@@ -336,23 +309,19 @@ def test_self_conditioning_shows_the_first_guess_in_training_and_the_last_one_in
 # -- denoisers -------------------------------------------------------------------------------------------
 
 
-def context(B, L=5, d=6):
-    return torch.randn(B, L, d, generator=rng(9)), torch.arange(L) < torch.arange(2, 2 + B)[:, None].clamp(
-        max=L
-    )
-
-
 def make(name):
     """A small denoiser, a batch x0 for it, and a condition."""
     torch.manual_seed(0)
     y = torch.tensor([0, 1, 2, 1])
     if name == "unet":
-        return UNet(3, (16, 32), (1, 2), classes=3), torch.randn(4, 3, 8, 12), y
+        return UNet(3, (8, 16), (1, 2), classes=3), torch.randn(4, 3, 4, 8), y
     if name == "images":
-        return ImageTransformer(3, 64, depth=2, p=4, classes=3), torch.randn(4, 3, 8, 12), y
+        return ImageTransformer(3, 32, depth=2, p=2, classes=3), torch.randn(4, 3, 4, 8), y
     if name == "latents":
-        return LatentTransformer(5, 64, depth=2, classes=3), torch.randn(4, 7, 5), y
-    return LatentTransformer(5, 64, depth=2, d_context=6), torch.randn(4, 7, 5), context(4)
+        return LatentTransformer(5, 32, depth=2, classes=3), torch.randn(4, 7, 5), y
+    mask = torch.arange(5) < torch.arange(2, 6)[:, None]
+    context = torch.randn(4, 5, 6, generator=rng(9)), mask
+    return LatentTransformer(5, 32, depth=2, d_context=6), torch.randn(4, 7, 5), context
 
 
 def rows(y, index):
@@ -367,16 +336,16 @@ def test_a_denoiser_overfits_one_batch(name):
     """It learns to tell four samples apart by xt and their condition, and DDIM finds them again."""
     model, x0, y = make(name)
     process, losses = Diffusion(*cosine(100)), []
-    opt = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0)
-    batch = torch.arange(4).repeat(4)
-    for _ in range(250):
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)
+    batch = torch.arange(4).repeat(8)
+    for _ in range(100):
         loss = process.loss(model, x0[batch], rows(y, batch)).mean()
         opt.zero_grad()
         loss.backward()
         opt.step()
         losses.append(loss.item())
-    assert np.mean(losses[-20:]) < 0.25 * losses[0]
-    found = sample(process, model, x0.shape, y, sampler="ddim", steps=20, generator=rng(4))
+    assert np.mean(losses[-20:]) < 0.4 * np.mean(losses[:5])
+    found = sample(process, model, x0.shape, y, sampler="ddim", steps=10, generator=rng(4))
     nearest = torch.cdist(found.flatten(1), x0.flatten(1)).min(1).values / math.sqrt(x0[0].numel())
     assert nearest.median() < 0.7  # per-element distance; unrelated standard normals are at 1.4
 
@@ -442,6 +411,7 @@ def test_the_latents_denoiser_reads_its_guess_and_none_is_zero():
 def test_image_denoisers_take_any_size_that_they_divide(model):
     for size in [(8, 8), (16, 12), (28, 28)]:
         assert model(torch.zeros(2, 1, *size), torch.ones(2, dtype=torch.long)).shape == (2, 1, *size)
+    assert torch.equal(model.embed(torch.ones(1), torch.tensor([-1])), model.embed(torch.ones(1), None))
 
 
 def test_conditions_are_dropped_at_their_rate():
@@ -455,16 +425,6 @@ def test_conditions_are_dropped_at_their_rate():
     assert torch.equal(kept, context)
     assert torch.equal(mask.any(1), mask.all(1))  # all of a sample's context goes, or none
     assert 0.08 < (~mask.any(1)).float().mean() < 0.12
-
-
-def test_no_label_and_the_label_minus_one_are_the_same():
-    embed = StepEmbedding(8, 10)
-    assert torch.equal(embed(torch.ones(1), torch.tensor([-1])), embed(torch.ones(1), None))
-
-
-def test_bytes_are_refused():
-    with pytest.raises(TypeError, match="uint8"):
-        Diffusion(*cosine(10)).loss(UNet(1, (8, 16), (1, 1)), torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
 
 
 class Largest(TorchDispatchMode):
