@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from common.images import Images, load_images
+from common.images import load_images
 from common.pictures import picture, save_files, save_film, save_picture
 from common.run import (
     Run,
@@ -86,7 +86,7 @@ class Config:
         )
 
 
-def build(cfg: Config, facts: dict, device: torch.device) -> tuple[Diffusion, nn.Module]:
+def build(cfg, facts, device) -> tuple[Diffusion, nn.Module]:
     """The process and the denoiser that cfg describes, for images facts["shape"] (C, H, W)."""
     (channels, H, W), classes = facts["shape"], len(facts["names"])
     divisor = 2 ** (len(cfg.channels) - 1) if cfg.denoiser == "unet" else cfg.patch
@@ -118,7 +118,7 @@ def load(path, device=None, cfg: Config | None = None) -> tuple[Diffusion, nn.Mo
 # -- samples ---------------------------------------------------------------------------------------------
 
 
-def steps_of_sampling(cfg: Config, process: Diffusion, model, shape: list[int], y: Tensor, generator):
+def steps_of_sampling(cfg, process, model, shape: list[int], y: Tensor, generator):
     """Yield uint8 images (n, C, H, W) of the labels y (n,), -1 for any, after each step of sampling."""
     device = process.a_table.device
     how = dict(sampler=cfg.sampler, steps=cfg.steps, guidance=cfg.guidance, clip=1.0, generator=generator)
@@ -127,7 +127,7 @@ def steps_of_sampling(cfg: Config, process: Diffusion, model, shape: list[int], 
             yield ((xt.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
-def draw(cfg: Config, process: Diffusion, model, shape: list[int], y: Tensor) -> Tensor:
+def draw(cfg, process, model, shape: list[int], y: Tensor):
     """uint8 images (n, C, H, W) of the labels y (n,), -1 for any; cfg.seed decides the noise."""
     generator, parts = torch.Generator().manual_seed(cfg.seed), []
     for labels in y.split(cfg.batch_size):  # what fits in memory for training fits here
@@ -136,7 +136,7 @@ def draw(cfg: Config, process: Diffusion, model, shape: list[int], y: Tensor) ->
     return torch.cat(parts)
 
 
-def chosen(cfg: Config, facts: dict) -> list[int]:
+def chosen(cfg, facts):
     """The numbers of cfg.classes, by default of all classes; ten times -1 for data without classes."""
     names = facts["names"]
     if unknown := set(cfg.classes) - set(names):
@@ -144,7 +144,7 @@ def chosen(cfg: Config, facts: dict) -> list[int]:
     return [names.index(name) for name in cfg.classes or names] or [-1] * 10
 
 
-def draw_rows(cfg: Config, process: Diffusion, model, facts: dict) -> tuple[list[str], Tensor]:
+def draw_rows(cfg, process, model, facts) -> tuple[list[str], Tensor]:
     """A row for each chosen class: its name, and images (rows, cfg.samples, C, H, W)."""
     numbers = chosen(cfg, facts)
     y = torch.tensor(numbers).repeat(cfg.samples)  # with more samples, the first ones stay the same
@@ -152,14 +152,14 @@ def draw_rows(cfg: Config, process: Diffusion, model, facts: dict) -> tuple[list
     return [[*facts["names"], ""][i] for i in numbers], samples.transpose(0, 1)
 
 
-def film(cfg: Config, process: Diffusion, model, facts: dict) -> list:
+def film(cfg, process, model, facts):
     """Pictures of one sample of each chosen class, at most ten, as they form from noise."""
     y, generator = torch.tensor(chosen(cfg, facts)[:10]), torch.Generator().manual_seed(cfg.seed)
     states = steps_of_sampling(cfg, process, model, facts["shape"], y, generator)
     return [picture([""], x[None]) for x in states]
 
 
-def score(cfg: Config, process: Diffusion, model, images: Images, folder: Path) -> None:
+def score(cfg, process, model, images, folder: Path):
     """Log how cfg.score_n samples compare with the test images; the folder keeps the classifier."""
     net = load_classifier(images, folder / "classifier.pt", process.a_table.device)
     order = torch.randperm(len(images.y), generator=torch.Generator().manual_seed(cfg.seed))
@@ -173,7 +173,7 @@ def score(cfg: Config, process: Diffusion, model, images: Images, folder: Path) 
 # -- the script ------------------------------------------------------------------------------------------
 
 
-def train(cfg: Config, images: Images, device: torch.device) -> None:
+def train(cfg, images, device):
     facts = images.facts
     process, model = build(cfg, facts, device)
     x, y = images.x.to(device), images.y.to(device)
@@ -195,7 +195,7 @@ def train(cfg: Config, images: Images, device: torch.device) -> None:
             log(f"wrote {run.out}; more samples: python imagen.py --load {run.out / 'last.pt'} --samples 20")
 
 
-def main(cfg: Config) -> None:
+def main(cfg):
     if not cfg.load or cfg.score_n:
         images = load_images(cfg.dataset, cfg.data_dir, cfg.image_size)
         what = f"{len(images.x)} training and {len(images.x_test)} test images {tuple(images.x.shape[1:])}"

@@ -29,7 +29,7 @@ from common.run import (
 from diffusion import Masked
 from tasks import sudoku
 from tasks.load import TASKS, load_problems
-from tasks.problems import Problem, Problems, decode, encode, majority
+from tasks.problems import Problem, decode, encode, majority
 
 SNAPSHOT_TEMPERATURE = 3.0  # at 1 a trained model makes no mistakes to learn from
 
@@ -95,7 +95,7 @@ class Config:
         )
 
 
-def build(cfg: Config, facts: dict, device: torch.device) -> tuple[Masked, TokenTransformer]:
+def build(cfg, facts, device) -> tuple[Masked, TokenTransformer]:
     """The process and the denoiser of chains: a block for each thought, or a single one."""
     q, *thoughts = facts["widths"]
     torch.manual_seed(cfg.seed)
@@ -116,7 +116,7 @@ def load(path, device=None, cfg: Config | None = None) -> tuple[Masked, TokenTra
 # -- answers ---------------------------------------------------------------------------------------------
 
 
-def ask(facts: dict, questions: list[str]) -> Tensor:
+def ask(facts, questions: list[str]):
     """Ids (N, q + k) of questions, with masks where the answers belong."""
     q, *thoughts = facts["widths"]
     if facts["axes"]:
@@ -124,7 +124,7 @@ def ask(facts: dict, questions: list[str]) -> Tensor:
     return F.pad(encode(facts, questions, q), (0, sum(thoughts)), value=len(facts["alphabet"]) + 1)
 
 
-def think(cfg: Config, model: TokenTransformer, ids: Tensor):
+def think(cfg, model, ids: Tensor):
     """Yield ids (N, k) of the blocks before and after each step, from ids (N, q + k) with masks."""
     q, known = ids.split([model.layout.q, model.layout.k], dim=1)
     settings = dict(steps=cfg.steps, order=cfg.order, temperature=cfg.temperature)
@@ -135,7 +135,7 @@ def think(cfg: Config, model: TokenTransformer, ids: Tensor):
             yield xt
 
 
-def answer(cfg: Config, facts: dict, model: TokenTransformer, questions: list[str]) -> list[list[str]]:
+def answer(cfg, facts, model, questions: list[str]) -> list[list[str]]:
     """A chain for each question, 1,000 at a time: of cfg.votes the first with the most frequent answer."""
     ids, votes = ask(facts, questions).to(next(model.parameters()).device), []
     for i in range(cfg.votes):
@@ -147,12 +147,12 @@ def answer(cfg: Config, facts: dict, model: TokenTransformer, questions: list[st
     return [majority(chains) for chains in zip(*votes, strict=True)]
 
 
-def at_try(cfg: Config, i: int) -> Config:
+def at_try(cfg, i: int) -> Config:
     """The settings of try i: all but the first are drawn."""
     return replace(cfg, seed=cfg.seed + i, temperature=cfg.try_temperature if i else cfg.temperature)
 
 
-def score(cfg: Config, facts: dict, model: TokenTransformer, problems: Problems, n: int):
+def score(cfg, facts, model, problems, n: int):
     """Yield which of n test problems are right, and the mean evaluations for each, after each of cfg.tries.
 
     An answer that the check refuses is tried again from the beginning.
@@ -170,7 +170,7 @@ def score(cfg: Config, facts: dict, model: TokenTransformer, problems: Problems,
         yield [*right], spent / len(questions)
 
 
-def report(cfg: Config, facts: dict, model: TokenTransformer, problems: Problems) -> None:
+def report(cfg, facts, model, problems):
     """Print scores by evaluations, and after the first and the last try, of each kind of puzzle."""
     kinds = [problems.kind(question) if problems.kind else "" for question, _ in problems.test[: cfg.score_n]]
     for steps in sorted({1, 4, cfg.steps}) if kinds else []:
@@ -184,7 +184,7 @@ def report(cfg: Config, facts: dict, model: TokenTransformer, problems: Problems
                 log(f"  {kind} {sum(of_kind) / len(of_kind):.3f} of {len(of_kind)} are right")
 
 
-def show_answer(cfg: Config, facts: dict, model: TokenTransformer, question: str) -> None:
+def show_answer(cfg, facts, model, question: str):
     """Print how the chain of a question, or a puzzle, comes into focus in the first try that is right."""
     check = TASKS[facts["task"]].check if facts["task"] else None
     ids = ask(facts, [question]).to(next(model.parameters()).device)
@@ -197,13 +197,11 @@ def show_answer(cfg: Config, facts: dict, model: TokenTransformer, question: str
     if facts["axes"]:  # the grids side by side
         rows = ["    ".join(" ".join(grid[i : i + 9]) for (grid,) in shown) for i in range(0, 81, 9)]
     log("\n".join(rows))
-    if cfg.votes > 1:
-        log(f"majority: {' | '.join(answer(cfg, facts, model, [question])[0])}")
     if not right:
         log(f"not right in --tries {cfg.tries}: try more")
 
 
-def read_prompt(facts: dict, prompt: str) -> str:
+def read_prompt(facts, prompt: str):
     """A prompt as a question of the problems that the model has learned."""
     if facts["axes"]:
         return sudoku.read(prompt)
@@ -216,7 +214,7 @@ def read_prompt(facts: dict, prompt: str) -> str:
 # -- training --------------------------------------------------------------------------------------------
 
 
-def train(cfg: Config, problems: Problems, device: torch.device) -> None:
+def train(cfg, problems, device):
     facts = problems.facts
     process, model = build(cfg, facts, device)
     layout, (low, high) = model.layout, cfg.masks
@@ -243,7 +241,7 @@ def train(cfg: Config, problems: Problems, device: torch.device) -> None:
             report(cfg, facts, run.ema, problems)
 
 
-def columns(facts: dict, problems: list[Problem]) -> list[Tensor]:
+def columns(facts, problems: list[Problem]):
     """Ids (N, width) of the questions of problems, and of each thought; a chain that has ended is padded."""
     rows = [([] if facts["axes"] else [question]) + thoughts for question, thoughts in problems]
     ids = []
@@ -253,7 +251,7 @@ def columns(facts: dict, problems: list[Problem]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def snapshot(cfg: Config, process: Masked, model, x0: Tensor, clean: Tensor, t: Tensor) -> Tensor:
+def snapshot(cfg, process, model, x0: Tensor, clean: Tensor, t: Tensor):
     """x0 (B, k), with the model's own guesses at masked thoughts in a share cfg.snapshot of the chains.
 
     A later thought that sees these learns not to trust the earlier ones: DoT's scheduled sampling.
@@ -266,7 +264,7 @@ def snapshot(cfg: Config, process: Masked, model, x0: Tensor, clean: Tensor, t: 
     return torch.where(chosen & (xt == process.mask_id), guess, x0)
 
 
-def main(cfg: Config) -> None:
+def main(cfg):
     if cfg.load:
         _, model, facts = load(cfg.load, cfg=cfg)
         if facts["task"] != (cfg.dataset if cfg.dataset in TASKS else ""):

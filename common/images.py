@@ -5,12 +5,10 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from common.run import UserError, is_builtin, log
@@ -38,14 +36,14 @@ class Images:
     names: list[str]
 
     @property
-    def facts(self) -> dict:
+    def facts(self):
         """What a checkpoint must know to sample, and to notice other data."""
         sha = hashlib.sha256(self.x.contiguous().numpy())
         sha.update(self.y.numpy())
         return dict(shape=list(self.x.shape[1:]), names=self.names, checksum=sha.hexdigest()[:12])
 
 
-def load_images(dataset: str, data_dir: str, size: int | None = None) -> Images:
+def load_images(dataset: str, data_dir: str, size: int | None = None):
     """fashionmnist, mnist, cifar10 (torchvision), digits (in scikit-learn), or a folder; size: see `fit`."""
     if is_builtin(dataset, ("digits", *TORCHVISION)):
         images = digits() if dataset == "digits" else from_torchvision(TORCHVISION[dataset], data_dir)
@@ -58,7 +56,7 @@ def load_images(dataset: str, data_dir: str, size: int | None = None) -> Images:
     return from_folder(root, size)
 
 
-def digits() -> Images:
+def digits():
     from sklearn.datasets import load_digits
 
     raw = load_digits()
@@ -67,21 +65,18 @@ def digits() -> Images:
     return Images(*split(x, y), [str(c) for c in raw.target_names])
 
 
-def from_torchvision(name: str, data_dir: str) -> Images:
+def from_torchvision(name: str, data_dir: str):
     import torchvision
 
-    root, parts = Path(os.path.expanduser(data_dir)), []
+    parts = []
     for train in (True, False):
         try:
-            root.mkdir(parents=True, exist_ok=True)
-            # Under torchrun one process downloads and the others wait; a read-only folder needs no lock.
-            with FileLock(root / f".{name}.lock") if os.access(root, os.W_OK) else nullcontext():
-                data = getattr(torchvision.datasets, name)(root, train=train, download=True)
+            data = getattr(torchvision.datasets, name)(os.path.expanduser(data_dir), train, download=True)
             x, y = torch.as_tensor(data.data), torch.as_tensor(data.targets)
             if len(x) != len(y) or y.max() >= len(data.classes):
                 raise ValueError(f"{len(x)} images, {len(y)} labels up to {y.max()}")
         except Exception as error:  # no network, a damaged file
-            what = f"{name} could neither be read from --data_dir {root} nor downloaded ({error!r:.200})"
+            what = f"{name} could neither be read from --data_dir {data_dir} nor downloaded ({error!r:.200})"
             raise UserError(f"{what}; --dataset digits and a folder of images need no download") from error
         parts += [x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2).contiguous(), y]
     return Images(*parts, [c.split(" - ")[0] for c in data.classes])  # MNIST's are "0 - zero"
@@ -94,7 +89,7 @@ def split(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x[order[~test]], y[order[~test]], x[order[test]], y[order[test]]
 
 
-def from_folder(root: Path, size: int | None) -> Images:
+def from_folder(root: Path, size: int | None):
     """The images below root, whose folders are classes, or train and test with or without classes inside."""
     files = find_images(root)
     top = Path(os.path.commonpath([path.parent for path in files]))  # archives wrap a folder in folders
@@ -115,7 +110,7 @@ def from_folder(root: Path, size: int | None) -> Images:
     return Images(*split(x, y), names)
 
 
-def find_images(root: Path) -> list[Path]:
+def find_images(root: Path):
     """The images below root; the log counts all other files."""
     found = dict(files_below(root))
     others = Counter(kind for kind in found.values() if kind not in SUFFIXES)
@@ -154,7 +149,7 @@ def number_classes(files: list[Path], folders: list[tuple[str, ...]]) -> tuple[T
     return torch.tensor([names.index(label) if label else -1 for label in labels]), names
 
 
-def read_images(files: list[Path], size: int | None) -> Tensor:
+def read_images(files: list[Path], size: int | None):
     """The images (N, C, H, W), all in colour (C = 3) if one is."""
     x = []
     for path in files:
@@ -165,7 +160,7 @@ def read_images(files: list[Path], size: int | None) -> Tensor:
     return torch.stack([image.expand(channels, -1, -1) for image in x])
 
 
-def read_image(path: Path, size: int | None) -> Tensor:
+def read_image(path: Path, size: int | None):
     """An upright image (1 or 3, H, W) uint8. What can be read in two ways is refused."""
     from PIL import Image, ImageOps
     from torchvision.transforms.v2.functional import pil_to_tensor
@@ -184,7 +179,7 @@ def read_image(path: Path, size: int | None) -> Tensor:
     return fit(x, size) if size else x
 
 
-def fit(x: Tensor, size: int) -> Tensor:
+def fit(x: Tensor, size: int):
     """Images (..., H, W) scaled until the shorter side is `size`, then cropped to the centre square."""
     from torchvision.transforms.v2 import functional as tv
 

@@ -28,18 +28,18 @@ def picture(names: list[str], rows: Tensor) -> Image.Image:
     return canvas
 
 
-def save_picture(image: Image.Image, path: Path, **settings) -> None:
+def save_picture(image: Image.Image, path: Path, **settings):
     """Write the image; settings are those of Pillow's writer for the format."""
     write_atomic(path, lambda file: image.save(file, format=path.suffix[1:], **settings))
 
 
-def save_film(frames: list[Image.Image], path: Path) -> None:
+def save_film(frames: list[Image.Image], path: Path):
     """Write frames as a GIF that repeats, the last one longer."""
     times = [150] * (len(frames) - 1) + [1500]  # milliseconds
     save_picture(frames[0], path, save_all=True, append_images=frames[1:], duration=times, loop=0)
 
 
-def save_files(names: list[str], rows: Tensor, folder: Path) -> None:
+def save_files(names: list[str], rows: Tensor, folder: Path):
     """Write each of the images (rows, n, C, H, W) as a file of its own: NAME_000.png, NAME_001.png, ..."""
     stems = [re.sub(r"[^\w-]+", "_", name)[:60] or "sample" for name in names]
     if len(set(map(str.casefold, stems))) < len(stems):  # two would be one file

@@ -45,14 +45,14 @@ class UserError(Exception):
     """A mistake the user can fix: what we got, what is wrong, what to do. Exit status 2, no traceback."""
 
 
-def log(text: str) -> None:
+def log(text: str):
     """Print in the main process."""
     if RANK == 0:
         with suppress(OSError):  # a training outlives its terminal
             print(text, flush=True)
 
 
-def save_text(lines: list[str], path: Path) -> None:
+def save_text(lines: list[str], path: Path):
     """Print lines, and write them to a file."""
     text = "\n".join([*lines, ""])
     write_atomic(path, lambda file: file.write(text.encode()))
@@ -62,7 +62,7 @@ def save_text(lines: list[str], path: Path) -> None:
 # -- settings --------------------------------------------------------------------------------------------
 
 
-def run_script(Config, main, doc: str) -> None:
+def run_script(Config, main, doc: str):
     """Read the command line and call main(cfg).
 
     The defaults are those at the top of the script, then those of Config.RECIPES for the size or the data
@@ -71,8 +71,6 @@ def run_script(Config, main, doc: str) -> None:
     try:
         parse = partial(tyro.cli, Config, description=doc, use_underscores=True)
         first = parse()
-        if first.load and first.resume:
-            raise UserError("--load samples from a checkpoint, --resume continues a training: choose one")
         if first.load:
             with open_checkpoint(first.load, Config) as saved:
                 cfg = parse(default=Config(**saved["config"] | dict(score_n=0, resume=False)))
@@ -95,7 +93,7 @@ def run_script(Config, main, doc: str) -> None:
             dist.destroy_process_group()
 
 
-def check_config(cfg, *rules: tuple[bool, str]) -> None:
+def check_config(cfg, *rules: tuple[bool, str]):
     """Raise UserError for a number that is too small, or a rule that does not hold."""
     for name, value in asdict(cfg).items():
         least = 1 if type(value) is int and name not in MAY_BE_0 else 0
@@ -106,7 +104,7 @@ def check_config(cfg, *rules: tuple[bool, str]) -> None:
             raise UserError(hint)
 
 
-def is_builtin(dataset: str, names) -> bool:
+def is_builtin(dataset: str, names):
     """Whether a data set is one of the built-in names. UserError if it is also a path."""
     if dataset in names and Path(dataset).exists():
         raise UserError(f"--dataset {dataset} is built in, and a path here too: for the path ./{dataset}")
@@ -131,7 +129,7 @@ def pick_device(device=None) -> torch.device:
     return device
 
 
-def autocast(device: torch.device, precision: str):
+def autocast(device, precision: str):
     """Matrix products in bfloat16 ("bf16"; "auto": where the hardware has it) or float32 ("fp32")."""
     hardware = torch.cpu._is_avx512_bf16_supported() if device.type == "cpu" else device.type == "cuda"
     wanted = precision == "bf16" or precision == "auto" and hardware
@@ -141,7 +139,7 @@ def autocast(device: torch.device, precision: str):
 # -- checkpoints -----------------------------------------------------------------------------------------
 
 
-def write_atomic(path: Path, write) -> None:
+def write_atomic(path: Path, write):
     """Call write(file) on a temporary file and rename it: a reader sees the old file or the new one."""
     tmp = path.with_name(f".{path.name}.tmp")
     try:
@@ -181,7 +179,7 @@ def open_checkpoint(path, Config):
         raise UserError(f"{path} is not a checkpoint that fits here: {error!r:.400}") from error
 
 
-def load_model(path, Config, build, device=None, cfg=None) -> tuple:
+def load_model(path, Config, build, device=None, cfg=None):
     """Process, model (what `build` makes of them, with the averaged weights) and facts of a checkpoint."""
     with open_checkpoint(path, Config) as saved:
         process, model = build(cfg or Config(**saved["config"]), saved["facts"], pick_device(device))
@@ -189,7 +187,7 @@ def load_model(path, Config, build, device=None, cfg=None) -> tuple:
     return process, model.eval(), saved["facts"]
 
 
-def same_settings(cfg, saved: dict, path, free) -> None:
+def same_settings(cfg, saved: dict, path, free):
     for name, now in asdict(cfg).items():
         if name not in free and now != saved[name]:
             raise UserError(f"--{name} {now}, but {path} was trained with {saved[name]}")
@@ -199,11 +197,11 @@ def same_settings(cfg, saved: dict, path, free) -> None:
 
 
 @lru_cache(maxsize=2)
-def permutation(n: int, seed: int, epoch: int) -> Tensor:
+def permutation(n: int, seed: int, epoch: int):
     return torch.randperm(n, generator=torch.Generator().manual_seed(hash((seed, epoch)) % 2**63))
 
 
-def batch_indices(n: int, batch_size: int, seed: int, step: int) -> Tensor:
+def batch_indices(n: int, batch_size: int, seed: int, step: int):
     """Indices (batch_size,) of step 1, 2, ...: permutations of 0..n-1, in turn, cut into batches."""
     start = (step - 1) * batch_size
     epochs = range(start // n, (start + batch_size - 1) // n + 1)
@@ -248,7 +246,7 @@ class Run:
             raise
         self.model = DistributedDataParallel(model) if WORLD > 1 else model
 
-    def _open(self, free) -> None:
+    def _open(self, free):
         """Lock the folder, and load the checkpoint in it."""
         self.out.mkdir(parents=True, exist_ok=True)
         try:
@@ -267,7 +265,7 @@ class Run:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_):
         self._restore_handlers()
         self.lock.release()
 
@@ -300,20 +298,20 @@ class Run:
         if RANK == 0:
             self._draw_curve()
 
-    def _on_signal(self, number: int, _) -> None:
+    def _on_signal(self, number: int, _):
         self.signal = number
         if WORLD == 1:  # torchrun repeats a signal to its processes
             self._restore_handlers()
 
-    def _restore_handlers(self) -> None:
+    def _restore_handlers(self):
         while self.handlers:
             signal.signal(*self.handlers.popitem())
 
-    def due(self, every: int) -> bool:
+    def due(self, every: int):
         """Whether the main process samples or scores after this step."""
         return RANK == 0 and self.step % every == 0 and not self.signal
 
-    def update(self, loss: Tensor) -> None:
+    def update(self, loss: Tensor):
         """One step of the optimizers on a scalar loss, then of the EMA."""
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), CLIP)
@@ -333,7 +331,7 @@ class Run:
         if self.step % LOG_EVERY == 0 or self.step == self.max_steps:
             self._log(rate * self.cfg.lr)
 
-    def _log(self, lr: float) -> None:
+    def _log(self, lr: float):
         loss, self.losses = torch.stack(self.losses).mean(), []
         if WORLD > 1:
             dist.all_reduce(loss)
@@ -347,7 +345,7 @@ class Run:
             text = "".join(["step,loss,lr,seconds\n", *lines])
             write_atomic(self.out / "log.csv", lambda file: file.write(text.encode()))
 
-    def save(self) -> None:
+    def save(self):
         """Write last.pt. UserError for a weight that is not finite."""
         if not all(p.isfinite().all() for p in self.net.parameters()):
             raise UserError(
@@ -360,7 +358,7 @@ class Run:
         if RANK == 0:
             write_atomic(self.out / "last.pt", lambda file: torch.save(state, file))
 
-    def _load(self, path: Path, free) -> None:
+    def _load(self, path: Path, free):
         with open_checkpoint(path, type(self.cfg)) as old:
             same_settings(self.cfg, old["config"], path, free)
             if old["facts"] != self.facts:
@@ -374,7 +372,7 @@ class Run:
             self.losses = [loss.to(self.device) for loss in self.losses]
         log(f"loaded {path}, step {self.step} of {self.max_steps}")
 
-    def _draw_curve(self) -> None:
+    def _draw_curve(self):
         steps, losses, *_ = zip(*self.rows, strict=True)
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.subplots()
