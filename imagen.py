@@ -27,7 +27,7 @@ from common.run import (
     resolve_out,
     run_script,
 )
-from common.scores import can_score, load_classifier, scale, score_images
+from common.scores import load_classifier, scale, score_images
 from diffusion import SAMPLERS, SCHEDULES, Diffusion, ImageTransformer, UNet, drop_condition, trajectory
 
 
@@ -190,7 +190,7 @@ def train(cfg, images, device):
             names, rows = draw_rows(cfg, process, run.ema, facts)
             save_picture(picture(names, rows), run.out / "samples/grid.png")
             save_film(film(cfg, process, run.ema, facts), run.out / "samples/film.gif")
-            if cfg.score_n and can_score(images):
+            if cfg.score_n and len(images.names) > 1 and len(images.x_test) >= 10:
                 score(cfg, process, run.ema, images, run.out)
             log(f"wrote {run.out}; more samples: python imagen.py --load {run.out / 'last.pt'} --samples 20")
 

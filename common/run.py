@@ -1,7 +1,7 @@
 """What every script needs once: settings, device, the training loop, checkpoints.
 
-The random draws of a step follow from (seed, step, rank): a run that is killed and resumed ends with the same
-bits as an uninterrupted one, on one device with the same number of threads.
+The draws of a step follow from (seed, step, rank): a run that is killed and resumed ends with the same bits,
+on one device and the same number of threads.
 """
 
 import copy
@@ -59,14 +59,10 @@ def save_text(lines: list[str], path: Path):
     log(f"\n{text}wrote {path}")
 
 
-# -- settings --------------------------------------------------------------------------------------------
-
-
 def run_script(Config, main, doc: str):
     """Read the command line and call main(cfg).
 
-    The defaults are those at the top of the script, then those of Config.RECIPES for the size or the data
-    set; with --load they are the checkpoint's. Flags override them all.
+    Flags override the recipe for the size or the data set, or with --load the settings of the checkpoint.
     """
     try:
         parse = partial(tyro.cli, Config, description=doc, use_underscores=True)
@@ -136,9 +132,6 @@ def autocast(device, precision: str):
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
 
 
-# -- checkpoints -----------------------------------------------------------------------------------------
-
-
 def write_atomic(path: Path, write):
     """Call write(file) on a temporary file and rename it: a reader sees the old file or the new one."""
     tmp = path.with_name(f".{path.name}.tmp")
@@ -159,8 +152,7 @@ def write_atomic(path: Path, write):
 def open_checkpoint(path, Config):
     """`with open_checkpoint(path, Config) as saved:` reads a checkpoint that this script wrote.
 
-    Whatever goes wrong with its contents, also inside the `with`, becomes a UserError that names it. Only
-    tensors and plain types are read, so no code can run.
+    What goes wrong with its contents, also inside the `with`, becomes a UserError. No code in it can run.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -193,9 +185,6 @@ def same_settings(cfg, saved: dict, path, free):
             raise UserError(f"--{name} {now}, but {path} was trained with {saved[name]}")
 
 
-# -- the loop --------------------------------------------------------------------------------------------
-
-
 @lru_cache(maxsize=2)
 def permutation(n: int, seed: int, epoch: int):
     return torch.randperm(n, generator=torch.Generator().manual_seed(hash((seed, epoch)) % 2**63))
@@ -215,11 +204,10 @@ class Run:
             for step, batch in run.steps(len(data)):
                 run.update(loss of run.model on data[batch])
 
-    run.model is the network to train (under torchrun in a DDP wrapper), run.ema the averaged one to sample
-    from. facts: what sampling needs to know about the data; a resumed run must have the same. muon: matrices
-    that Muon trains in place of AdamW; the rates then fall to 0 at the end of the run. extra: what else
-    sampling needs, tensors or plain types. free: more settings that a resumed run may change. A finished run
-    has no steps left. Raises UserError for a folder in use, or with another run.
+    run.model is the network to train, run.ema the averaged one to sample from. facts: what sampling needs to
+    know about the data; extra: what else it needs. muon: matrices that Muon trains in place of AdamW; the
+    rates then fall to 0 at the end. free: more settings that a resumed run may change. A finished run has no
+    steps left. Raises UserError for a folder in use, or with another run.
     """
 
     def __init__(
