@@ -16,7 +16,7 @@ from common.run import UserError, is_builtin, log
 TORCHVISION = {"fashionmnist": "FashionMNIST", "mnist": "MNIST", "cifar10": "CIFAR10"}
 SUFFIXES = set(".png .jpg .jpeg .jfif .bmp .gif .webp .pgm .ppm .tif .tiff .jp2 .avif .tga .ico".split())
 # Pillow's modes of 8 bits a channel, and what they are read as: grey or colour.
-MODES = dict.fromkeys(("1", "L", "LA"), "L") | dict.fromkeys(("P", "RGB", "RGBA", "CMYK", "YCbCr"), "RGB")
+MODES = {"1": "L", "L": "L", "LA": "L"} | dict.fromkeys(("P", "RGB", "RGBA", "CMYK", "YCbCr"), "RGB")
 HIDDEN = (".", "__MACOSX", "@eaDir", "$RECYCLE.BIN")  # .ipynb_checkpoints, ._photo.png: not the user's files
 # Folders of a split: train, test_images, catsTest, val2017. A steam_train is a class.
 SPLIT = re.compile(
@@ -89,8 +89,8 @@ def split(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x[order[~test]], y[order[~test]], x[order[test]], y[order[test]]
 
 
-def from_folder(root: Path, size: int | None):
-    """The images below root, whose folders are classes, or train and test with or without classes inside."""
+def from_folder(root: Path, size):
+    """Images below root, whose folders are classes, or train and test with or without classes inside."""
     files = find_images(root)
     top = Path(os.path.commonpath([path.parent for path in files]))  # archives wrap a folder in folders
     folders = [path.relative_to(top).parts[:-1] for path in files]
@@ -105,34 +105,27 @@ def from_folder(root: Path, size: int | None):
     if new := {*y[test].tolist()} - {*y[~test].tolist()}:
         raise UserError(f"{top}/train has no class {names[min(new)]}, but {top}/test has: add or remove it")
     x = read_images(files, size)
-    if has_test:
-        return Images(x[~test], y[~test], x[test], y[test], names)
-    return Images(*split(x, y), names)
+    return Images(*((x[~test], y[~test], x[test], y[test]) if has_test else split(x, y)), names)
 
 
-def find_images(root: Path):
-    """The images below root; the log counts all other files."""
-    found = dict(files_below(root))
-    others = Counter(kind for kind in found.values() if kind not in SUFFIXES)
-    if others:
-        log(f"left out of {root}: {', '.join(f'{n} {kind}' for kind, n in others.most_common())}")
-    if others.total() == len(found):
-        raise UserError(f"no image in {root} or below: save images as .png or .jpg")
-    return [path for path, kind in found.items() if kind in SUFFIXES]
-
-
-def files_below(folder: Path, above: tuple[Path, ...] = ()):
-    """Yield (path, suffix) of all files in order; links are followed, but not in circles."""
-    here = folder.resolve()
-    for path in sorted(folder.iterdir()) if here not in above else []:
+def find_images(root: Path, above=()):
+    """The images below root, in order; the log counts all other files. Links are followed, not in circles."""
+    images, others, here = [], Counter(), root.resolve()
+    for path in sorted(root.iterdir()) if here not in above else []:
+        kind = "hidden" if path.name.startswith(HIDDEN) else path.suffix.lower() or "without a suffix"
         if path.name in ("last.pt", "log.csv"):
             raise UserError(f"{path} belongs to a run, and its pictures are not data: move its folder away")
-        if path.name.startswith(HIDDEN):
-            yield path, "hidden"
-        elif path.is_dir():
-            yield from files_below(path, (*above, here))
+        if path.is_dir() and kind != "hidden":
+            images += find_images(path, (*above, here))
+        elif kind in SUFFIXES:
+            images.append(path)
         else:
-            yield path, path.suffix.lower() or "without a suffix"
+            others[kind] += 1
+    if others:
+        log(f"left out of {root}: {', '.join(f'{n} {kind}' for kind, n in others.most_common())}")
+    if not images and not above:
+        raise UserError(f"no image in {root} or below: save images as .png or .jpg")
+    return images
 
 
 def number_classes(files: list[Path], folders: list[tuple[str, ...]]) -> tuple[Tensor, list[str]]:
