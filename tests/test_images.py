@@ -1,6 +1,7 @@
 """common/images.py: what is read from torchvision's files, the digits and folders, and what is refused."""
 
 import io
+import re
 import struct
 import unicodedata
 import zipfile
