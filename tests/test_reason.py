@@ -2,18 +2,16 @@
 
 import dataclasses
 import json
-import zlib
 
 import pytest
 import torch
 
 import reason
 from blocks import generate
-from common.run import UserError, open_checkpoint
 from diffusion import Masked
 from tasks import sudoku
 from tasks.load import load_problems
-from tasks.problems import END, MARK_ID, decode
+from tasks.problems import END, decode
 
 CPU = torch.device("cpu")
 SMALL = "--width 32 --depth 1 --batch_size 16 --train_n 300 --steps 2 --score_n 5 --precision fp32".split()
@@ -72,14 +70,11 @@ def test_chains_of_any_length_come_back_from_their_ids(chains):
     assert (thoughts[-1][short] == END).all() and 0 < short.sum() < len(short)
 
 
-def test_of_a_question_all_is_known_but_the_thoughts(chains):
+def test_of_a_problem_all_is_known_but_the_thoughts_or_the_open_cells(chains, grids):
     _, facts, model, problems = chains
     ids, q = reason.ask(facts, [question for question, _ in problems.train]), model.layout.q
     assert torch.equal(ids[:, :q], reason.columns(facts, problems.train)[0])
     assert ids.shape[1] == sum(facts["widths"]) and (ids[:, q:] == model.mask_id).all()
-
-
-def test_of_a_puzzle_all_is_known_but_the_open_cells(grids):
     _, facts, model, problems = grids
     ids = reason.ask(facts, questions_of(problems, 30))
     for row, puzzle in zip(ids.tolist(), questions_of(problems, 30), strict=True):
@@ -88,28 +83,6 @@ def test_of_a_puzzle_all_is_known_but_the_open_cells(grids):
 
 
 # -- thinking --------------------------------------------------------------------------------------------
-
-
-def test_thinking_ends_when_every_chain_has_its_answer(chains, monkeypatch):
-    cfg, facts, model, problems = chains
-    begun = []
-
-    def fake(model, q, xt, **_):
-        """Thoughts of one letter; the second of the first chain and all of the other are answers."""
-        start = 0
-        for i, width in enumerate(model.layout.widths):
-            xt = xt.clone()
-            xt[:, start : start + width] = 5
-            xt[1, start] = MARK_ID
-            xt[0, start] = MARK_ID if i == 1 else 5
-            start += width
-            begun.append(i)
-            yield i, xt
-
-    monkeypatch.setattr(reason, "generate", fake)
-    found = reason.answer(cfg, facts, model, questions_of(problems, 2))
-    assert [len(chain) for chain in found] == [2, 1]
-    assert begun == [0, 1] and len(model.layout.widths) == 3
 
 
 def test_many_questions_give_the_chains_of_each(chains):
@@ -135,16 +108,6 @@ def test_settings_of_sampling_reach_the_chain(chains):
     assert not torch.equal(last["steps", 2], last["steps", 5])
 
 
-def test_the_clues_of_a_puzzle_stay(grids):
-    cfg, facts, model, problems = grids
-    ids = reason.ask(facts, questions_of(problems, 20))
-    known = ids != model.mask_id
-    states = list(reason.think(cfg, model, ids))
-    assert len(states) == 1 + cfg.steps
-    assert all(torch.equal(xt[known], ids[known]) for xt in states)
-    assert (states[-1] != model.mask_id).all()
-
-
 def test_the_most_frequent_answer_of_the_votes_counts(chains, monkeypatch):
     cfg, facts, model, problems = chains
     answers = iter([3, 4, 4, 5, 3])
@@ -159,8 +122,6 @@ def test_evaluations_are_those_that_each_problem_takes_alone(made, steps, reques
     cfg, facts, model, problems = request.getfixturevalue(made)
     cfg, denoise, calls = dataclasses.replace(cfg, steps=steps), model.denoise, []
     monkeypatch.setattr(model, "denoise", lambda *args: calls.append(1) or denoise(*args))
-    # No random chain has its answer early, so all blocks are made.
-    monkeypatch.setattr(reason, "MARK_ID", -1)
     for question in questions_of(problems, 3):
         reason.answer(cfg, facts, model, [question])
     count = len(calls)
@@ -188,20 +149,6 @@ def test_what_is_right_is_kept_and_the_rest_tried_again(grids, monkeypatch):
     assert [spent for _, spent in found] == pytest.approx([5, 5 + 40 / 12, 5 + 75 / 12, 5 + 105 / 12])
 
 
-def test_right_answers_never_fall_from_try_to_try(chains):
-    cfg, facts, model, problems = chains
-    checked = dataclasses.replace(
-        problems, check=lambda _, chain: zlib.crc32("".join(chain).encode()) % 5 == 0
-    )
-    before, last, sums = [], 0, []
-    for right, spent in reason.score(dataclasses.replace(cfg, tries=6), facts, model, checked, 4):
-        assert all(now >= then for now, then in zip(right, before, strict=False))
-        assert spent > last or all(before)
-        before, last = list(right), spent
-        sums.append(sum(right))
-    assert sums[-1] > sums[0]
-
-
 # -- training --------------------------------------------------------------------------------------------
 
 
@@ -221,17 +168,17 @@ def spy(monkeypatch):
 
 @pytest.mark.parametrize("passes", ["multi", "single"])
 def test_each_thought_has_a_step_of_its_own_and_masks_three_times_the_odds(passes, spy, tmp_path, cli):
-    status, printed = cli("reason", *MULT, "--passes", passes, "--max_steps", 40, "--out", tmp_path)
+    status, printed = cli("reason", *MULT, "--passes", passes, "--max_steps", 30, "--out", tmp_path)
     assert status == 0, printed
     t = torch.cat([t for _, _, t in spy])
-    assert t.shape == (40 * 16, 7)  # thoughts of 3 and of 4 tokens
+    assert t.shape == (30 * 16, 7)  # thoughts of 3 and of 4 tokens
     assert (t[:, :3] == t[:, :1]).all() and (t[:, 3:] == t[:, 3:4]).all()
     assert torch.corrcoef(t[:, [0, 3]].T)[0, 1].abs() < 0.15
     assert (t[:, 0] / (1 - t[:, 0])).median().item() == pytest.approx(3, rel=0.3)
 
 
 def test_snapshots_stand_in_the_context_but_not_in_the_target(spy, tmp_path, cli):
-    status, printed = cli("reason", *MULT, "--snapshot", 0.5, "--max_steps", 40, "--out", tmp_path)
+    status, printed = cli("reason", *MULT, "--snapshot", 0.5, "--max_steps", 30, "--out", tmp_path)
     assert status == 0, printed
     problems = load_problems("mult", 300, (2, 1))
     true = set(map(tuple, torch.cat(reason.columns(problems.facts, problems.train), dim=1).tolist()))
@@ -244,7 +191,7 @@ def test_snapshots_stand_in_the_context_but_not_in_the_target(spy, tmp_path, cli
 
 
 def test_weights_that_are_not_finite_end_a_run_with_snapshots_in_a_message(tmp_path, cli):
-    flags = ["--snapshot", 0.9, "--lr", 1e9, "--muon_lr", 1e9, "--max_steps", 60, "--out", tmp_path]
+    flags = ["--snapshot", 0.9, "--lr", 1e9, "--muon_lr", 1e9, "--max_steps", 9, "--out", tmp_path]
     status, printed = cli("reason", *MULT, *flags)
     assert status == 2 and "finite" in printed and "Traceback" not in printed
 
@@ -272,9 +219,7 @@ def test_chains_are_learned_by_heart(passes, tmp_path, cli):
     assert sum(a == b for a, (_, b) in zip(found, problems.train, strict=True)) >= 18
 
 
-@pytest.mark.parametrize(
-    "flags", [MULT, [*MULT, "--snapshot", 0.5], SUDOKU], ids=["chains", "snapshots", "grids"]
-)
+@pytest.mark.parametrize("flags", [MULT, [*MULT, "--snapshot", 0.5], SUDOKU])
 def test_interrupted_and_resumed_ends_with_the_same_bits(flags, tmp_path, cli):
     command = [*flags, "--max_steps", 6, "--save_every", 2, "--sample_every", 3]
     assert cli("reason", *command, "--out", tmp_path / "whole")[0] == 0
@@ -289,12 +234,9 @@ def test_interrupted_and_resumed_ends_with_the_same_bits(flags, tmp_path, cli):
         patch.setattr(reason.Run, "update", killed)
         assert cli("reason", *command, "--out", tmp_path / "half")[0] != 0
     assert cli("reason", *command, "--resume", "--out", tmp_path / "half")[0] == 0
-    with (
-        open_checkpoint(tmp_path / "whole/last.pt", reason.Config) as whole,
-        open_checkpoint(tmp_path / "half/last.pt", reason.Config) as half,
-    ):
-        for part in ("model", "ema"):
-            assert all(torch.equal(whole[part][name], half[part][name]) for name in whole[part])
+    whole, half = (torch.load(tmp_path / run / "last.pt", weights_only=True) for run in ("whole", "half"))
+    for part in ("model", "ema"):
+        assert all(torch.equal(whole[part][name], half[part][name]) for name in whole[part])
 
 
 # -- the script ------------------------------------------------------------------------------------------
@@ -305,41 +247,33 @@ def trained(tmp_path_factory):
     """Checkpoints of small runs: of multiplications, of puzzles, of a file's problems."""
     out = tmp_path_factory.mktemp("runs")
     small = dict(width=32, depth=1, batch_size=16, max_steps=3, steps=2, score_n=0, precision="fp32")
-    path = str(write_problems(out / "gsm.jsonl"))
-    for name, more in dict(
-        mult=dict(train_n=300, digits=(2, 1)), sudoku=dict(train_n=20), file=dict(dataset=path)
-    ).items():
+    file = dict(dataset=str(write_problems(out / "gsm.jsonl")))
+    runs = dict(mult=dict(train_n=300, digits=(2, 1)), sudoku=dict(train_n=20), file=file)
+    for name, more in runs.items():
         reason.main(reason.Config(**dict(dataset=name) | small | more, out=str(out / name)))
     return out
 
 
 def test_a_checkpoint_answers_without_its_problems(trained, cli, monkeypatch):
     monkeypatch.setattr(reason, "load_problems", None)
-    for name, prompt in dict(
-        mult="2 1*3", sudoku=PUZZLE, file="Tom has 99 pens and buys 5. How many?"
-    ).items():
-        status, printed = cli("reason", "--load", trained / name / "last.pt", "--prompt", prompt)
-        assert status == 0, printed
-        flags = ["--votes", 3, "--temperature", 0.5, *(["--tries", 2] if name != "file" else [])]
-        assert cli("reason", "--load", trained / name / "last.pt", "--prompt", prompt, *flags)[0] == 0
+    prompts = dict(mult="2 1*3", sudoku=PUZZLE, file="Tom has 99 pens and buys 5. How many?")
+    for name, prompt in prompts.items():
+        for flags in ([], ["--votes", 3, "--temperature", 0.5, *(["--tries", 2] if name != "file" else [])]):
+            status, printed = cli("reason", "--load", trained / name / "last.pt", "--prompt", prompt, *flags)
+            assert status == 0, printed
 
 
 @pytest.mark.parametrize(
-    "prompt", ["", " ", "1*2", "123*4", "12+3", "x", "\udcff\udcff*\udcff", "12*3\u00b2"]
+    "name, prompts",
+    [
+        ("mult", ["", " ", "123*4", "12-3", "x", "\udcff*1", "12*\u00b2"]),
+        ("file", ["", "\t", "Zo\u00eb?", "\udcff", "Tom" * 100]),
+        ("sudoku", ["", "\udcff" * 81, "11" + "." * 79, PUZZLE[1:]]),
+    ],
 )
-def test_a_prompt_must_look_like_the_training_questions(prompt, trained, cli):
-    status, printed = cli("reason", "--load", trained / "mult/last.pt", "--prompt", prompt)
-    assert status == 2 and "Traceback" not in printed
-
-
-@pytest.mark.parametrize("prompt", ["", "\t", "Zo\u00eb?", "\udcff", "Tom" * 100])
-def test_a_prompt_must_be_of_the_characters_of_a_file(prompt, trained, cli):
-    assert cli("reason", "--load", trained / "file/last.pt", "--prompt", prompt)[0] == 2
-
-
-@pytest.mark.parametrize("prompt", ["", "\udcff" * 81, "11" + "." * 79, PUZZLE[1:]])
-def test_a_prompt_must_be_a_puzzle(prompt, trained, cli):
-    assert cli("reason", "--load", trained / "sudoku/last.pt", "--prompt", prompt)[0] == 2
+def test_a_prompt_must_be_of_the_characters_and_the_length_of_the_data(name, prompts, trained, cli):
+    for prompt in prompts:
+        assert cli("reason", "--load", trained / name / "last.pt", "--prompt", prompt)[0] == 2, prompt
 
 
 def test_a_full_grid_is_its_own_answer(trained, cli):
@@ -355,13 +289,11 @@ def test_a_checkpoint_of_other_problems_is_refused(made, dataset, trained, cli):
         assert status == 2 and "last.pt" in printed
 
 
-def test_a_score_counts_by_kinds_and_by_tries(trained, cli):
+def test_a_score_is_by_kinds_and_only_rules_can_tell_a_try_that_is_right(trained, cli):
     status, printed = cli("reason", "--load", trained / "sudoku/last.pt", "--score_n", 20, "--tries", 3)
-    assert status == 0, printed
-    for kind in ("29 clues", "33 clues", "minimal"):
-        assert printed.count(f"  {kind} ") == 2 + 3  # 1 and 4 evaluations; 2 with 1, 2 and 3 tries
+    assert status == 0 and all(printed.count(kind) == 4 for kind in ("29 clues", "33 clues", "minimal"))
     status, printed = cli("reason", "--load", trained / "mult/last.pt", "--score_n", 7)
-    assert status == 0 and printed.count("of 7") == 3
+    assert status == 0 and printed.count("of 7") == 3  # 1, 4 and 8 steps
     assert cli("reason", "--load", trained / "file/last.pt", "--score_n", 2, "--tries", 2)[0] == 2
 
 
@@ -383,28 +315,12 @@ def test_a_checkpoint_is_used_from_python(trained):
         list(generate(model, ids))
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--prompt", "1*1"],
-        ["--steps", 0],
-        ["--digits", 0, 2],
-        ["--width", 40],
-        ["--snapshot", 0.5, "--passes", "single"],
-        ["--temperature", -1],
-        ["--dataset", "sodoku"],
-        ["--dataset", "no.txt"],
-        ["--masks", 0.8, 0.2],
-        ["--tries", 0],
-        ["--load", "no.pt"],
-    ],
-)
+WRONG = """--prompt 1*1, --steps 0, --digits 0 2, --width 40, --snapshot 0.5 --passes single, --tries 0,
+--temperature -1, --dataset sodoku, --dataset no.txt, --masks 0.8 0.2, --load no.pt"""
+
+
+@pytest.mark.parametrize("flags", WRONG.split(","))
 def test_a_mistake_is_one_message_and_status_2(flags, tmp_path, cli, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    status, printed = cli("reason", *flags)
+    status, printed = cli("reason", *flags.split())
     assert status == 2 and "Traceback" not in printed
-
-
-def test_prompts_are_refused_without_a_checkpoint():
-    with pytest.raises(UserError):
-        reason.Config(prompt="1*1")
