@@ -62,18 +62,13 @@ def test_cross_entropy_is_the_mean_over_tokens_that_count():
     torch.testing.assert_close(vae.cross_entropy(z, target), torch.stack(by_hand).mean())
 
 
-@pytest.mark.parametrize("span", [1, 2])
-def test_a_latent_is_the_mean_of_its_span_of_states(span):
-    vae, ids = small(span=span).eval(), texts(1)[0]
-    h = vae.states(ids)[0][0]
-    by_hand = torch.stack([vae.fc_mean(h[i * span : (i + 1) * span].mean(0)).tanh() for i in range(4)])
-    torch.testing.assert_close(vae.encode(ids)[0][0], by_hand)
-
-
-def test_a_concatenated_latent_keeps_the_order_of_its_states():
-    vae, ids = small(span=2, pool="concat").eval(), texts(1)[0]
-    h = vae.states(ids)[0][0]
-    by_hand = torch.stack([vae.fc_mean(torch.cat([h[2 * i], h[2 * i + 1]])).tanh() for i in range(4)])
+@pytest.mark.parametrize("span, pool", [(1, "mean"), (2, "mean"), (2, "concat")])
+def test_a_latent_is_the_mean_of_its_span_of_states_or_all_in_order(span, pool):
+    vae, ids = small(span=span, pool=pool).eval(), texts(1)[0]
+    spans = vae.states(ids)[0][0, : 4 * span].view(4, span, 32)
+    by_hand = vae.fc_mean(
+        spans.mean(1) if pool == "mean" else torch.cat([*spans.transpose(0, 1)], dim=1)
+    ).tanh()
     torch.testing.assert_close(vae.encode(ids)[0][0], by_hand)
 
 
@@ -84,15 +79,10 @@ def test_latents_of_a_text_do_not_depend_on_its_neighbours_or_padding(span):
     for i in range(9):
         alone = vae.encode(ids[i : i + 1, : max(1, 9 - i)])[0][0]
         torch.testing.assert_close(alone, together[i], atol=1e-5, rtol=1e-4)
-
-
-def test_latents_depend_on_every_token_also_beyond_their_spans():
-    vae, ids = small().eval(), texts(1)[0]  # nine tokens, and four spans of one state
-    before = vae.encode(ids)[0]
-    for i in range(9):
-        changed = ids.clone()
+    for i in range(9):  # but on every token, also beyond their spans
+        changed = ids[:1].clone()
         changed[0, i] = (ids[0, i] + 7) % 48 + 2
-        assert (before - vae.encode(changed)[0]).abs().max() > 1e-4
+        assert (together[0] - vae.encode(changed)[0][0]).abs().max() > 1e-4
 
 
 def test_substitution_hits_tokens_at_each_texts_rate_and_never_padding():
@@ -122,13 +112,6 @@ def test_the_decoder_trains_on_noisy_latents(noise, same):
     assert vae.encode(ids)[1].unique().tolist() == pytest.approx([noise**2])
 
 
-def test_the_kl_equals_its_closed_form():
-    mean, var = torch.randn(5, 4, 8), torch.rand(5, 4, 8) + 0.1
-    wanted = kl_divergence(Normal(mean, var.sqrt()), Normal(0.0, 1.0)).sum((1, 2)).mean()
-    torch.testing.assert_close(kl(mean, var), wanted)
-    assert kl(torch.zeros(2, 3, 4), torch.ones(2, 3, 4)) == 0
-
-
 def test_planners_variance_is_learned_and_its_kl_counts():
     vae, (ids, target) = small(variance="learned", beta=0.5, p_max=0.0), texts()
     mean, var = vae.encode(ids)
@@ -137,20 +120,16 @@ def test_planners_variance_is_learned_and_its_kl_counts():
     torch.manual_seed(0)
     vae.beta = 0.0
     torch.testing.assert_close(with_kl, vae(ids, target) + 0.5 * kl(mean, var))
+    by_torch = kl_divergence(Normal(mean, var.sqrt()), Normal(0.0, 1.0)).sum((1, 2)).mean()
+    torch.testing.assert_close(kl(mean, var), by_torch)
     assert var.std() > 0  # one for each number
 
 
 @pytest.mark.parametrize("how", [{}, dict(variance="learned", beta=0.1)])
-def test_every_parameter_gets_a_gradient_and_is_stepped_once(how):
+def test_every_parameter_gets_a_gradient(how):
     vae, (ids, target) = small(**how), texts()
-    opt = torch.optim.AdamW(vae.parameters(), lr=1e-2, weight_decay=0.0)
-    before = [p.detach().clone() for p in vae.parameters()]
     vae(ids, target).backward()
     assert without_gradient(vae) == []
-    opt.step()
-    moved = [(p - old).abs().max().item() for p, old in zip(vae.parameters(), before, strict=True)]
-    assert max(moved) <= 1.01e-2  # Adam's first step is lr: each was stepped once
-    assert min(moved) > 0
 
 
 @pytest.fixture(scope="module")
@@ -190,10 +169,7 @@ GPT2 = dict(model_type="gpt2", n_embd=16, n_layer=1, n_head=2, n_positions=32, v
 OPT = SMALL | dict(model_type="opt", ffn_dim=32, word_embed_proj_dim=8)  # its embeddings are narrower
 
 
-@pytest.mark.parametrize(
-    "encoder, decoder",
-    [(BERT, GPT2), (ROBERTA, LLAMA), (DISTILBERT, OPT), (BERT | dict(model_type="electra"), LLAMA)],
-)
+@pytest.mark.parametrize("encoder, decoder", [(BERT, GPT2), (ROBERTA, LLAMA), (DISTILBERT, OPT)])
 def test_any_pretrained_parts_train_and_come_back_from_their_configurations(encoder, decoder, tmp_path):
     auto = dict(encoder=AutoModel, decoder=AutoModelForCausalLM)
     for side, shape in dict(encoder=encoder, decoder=decoder).items():
@@ -203,24 +179,17 @@ def test_any_pretrained_parts_train_and_come_back_from_their_configurations(enco
         model.save_pretrained(tmp_path / side)
     parts = pretrained_backbones(str(tmp_path / "encoder"), str(tmp_path / "decoder"))
     assert {p.dtype for part in parts for p in part.parameters()} == {torch.float32}
-    assert torch.equal(
-        parts[1].get_output_embeddings().weight.bfloat16(), model.get_output_embeddings().weight
-    )
+    heads = [lm.get_output_embeddings().weight.bfloat16() for lm in (parts[1], model)]
+    assert torch.equal(*heads)
     vae, (ids, target) = TextVAE(*parts, 4, 8, EOS), texts()
     vae(ids, target).backward()
     assert without_gradient(vae) == []  # no pooler, whose state no optimizer would have
     fresh = untrained_backbones(*(part.config.to_json_string(use_diff=False) for part in parts))
-    again = TextVAE(*fresh, 4, 8, EOS)
+    again = TextVAE(*fresh, 4, 8, EOS).eval()
     again.load_state_dict(vae.state_dict())
-    z = vae.encode(ids)[0]
-    assert torch.equal(again.encode(ids)[0], z)  # dropout is off in both
+    assert torch.equal(again.encode(ids)[0], z := vae.encode(ids)[0])  # dropout is off in both
     assert torch.equal(again.decode(z, target), vae.decode(z, target))
     assert torch.equal(again.generate(z, 10), vae.generate(z, 10))
-
-
-def test_parts_that_are_not_there_raise_an_oserror(tmp_path):
-    with pytest.raises(OSError):
-        pretrained_backbones(str(tmp_path / "nothing"), str(tmp_path / "nothing"))
 
 
 def test_a_configuration_loads_no_code():
