@@ -12,7 +12,6 @@ Both stages are PLANNER's, 2306.02531. The mathematics is in diffusion.py, the V
         print(text)
 """
 
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -35,12 +34,15 @@ from common.run import (
     save_text,
 )
 from common.tables import load_from_hub, load_tables
+from common.texts import Row
 from diffusion import SAMPLERS, Diffusion, LatentTransformer, cosine, drop_condition, sample
 from tasks import grammar
 from vae import TextVAE, pretrained_backbones, small_backbones, untrained_backbones
 
 T = 1000  # timesteps of the forward process
 LABEL_DROP = 0.1  # share of the conditions that are dropped in training, for guidance
+# A VAE serves several diffusions.
+FREE_IN_VAE = set("condition shift self_condition width depth diffusion_batch".split())
 
 BASE = dict(encoder="bert-base-uncased", decoder="gpt2", max_tokens=256, k=16, span=16, latent_noise=0.3)
 BASE |= dict(vae_steps=50_000, vae_batch=128, shift=2.0, width=768, depth=12, lr=1e-4)
@@ -110,54 +112,40 @@ class Config:
     def __post_init__(self):
         check_config(
             self,
-            (max(self.p_max, self.self_condition) <= 1, "--p_max and --self_condition are at most 1"),
             (self.steps <= T, f"--steps must be at most {T}"),
             (self.width % 16 == self.vae_width % 8 == 0, "16 must divide --width, and 8 --vae_width"),
         )
 
     @property
-    def reads_text(self) -> bool:
+    def reads_text(self):
         """Whether the condition is a text: the piece before, or that of a column."""
         return self.condition not in ("label", "none")
-
-
-# A VAE serves several diffusions.
-FREE_IN_VAE = set("condition shift self_condition width depth diffusion_batch".split())
 
 
 # -- the parts -------------------------------------------------------------------------------------------
 
 
-def build_vae(cfg: Config, facts: dict, device: torch.device) -> TextVAE:
+def build_vae(cfg, facts, device) -> TextVAE:
     """The VAE that cfg describes; of pretrained parts that were read before, the facts know the shape."""
     torch.manual_seed(cfg.seed)
-    tokenizer, longest = tokenizers(facts)[1], max(cfg.max_tokens, cfg.k * cfg.span)
-    if cfg.encoder == "scratch":
-        parts = small_backbones(len(tokenizer), cfg.vae_width, cfg.vae_depth, longest + cfg.k + 1)
+    tokenizer, L = texts.from_json(*facts["decoder"]), max(cfg.max_tokens, cfg.k * cfg.span)
+    if cfg.encoder == cfg.decoder == "scratch":
+        parts = small_backbones(len(tokenizer), cfg.vae_width, cfg.vae_depth, L + cfg.k + 1)
     elif "backbones" in facts:
         parts = untrained_backbones(*facts["backbones"])
     else:
         parts = load_from_hub(pretrained_backbones, cfg.encoder, cfg.decoder)
     how = cfg.span, cfg.pool, cfg.variance, cfg.latent_noise, cfg.beta, cfg.p_max
     vae = TextVAE(*parts, cfg.k, cfg.latent_width, tokenizer.eos_token_id, *how)
-    check_parts(cfg, vae, longest)
+    try:
+        ids = torch.ones(1, L, dtype=torch.long)
+        vae.decode(vae.encode(ids)[0], ids)
+    except Exception as error:  # of any type: it comes from any model
+        raise UserError(f"{cfg.encoder} or {cfg.decoder} cannot read {L} tokens: {error}") from error
     return vae.to(device)
 
 
-@torch.no_grad()
-def check_parts(cfg: Config, vae: TextVAE, L: int) -> None:
-    """Raise UserError unless both parts read L tokens, and the decoder none that it has yet to write."""
-    ids = torch.ones(2, L, dtype=torch.long)
-    try:
-        ids[1, -2] = 2
-        one, other = vae.decode(vae.encode(ids)[0][:1].expand(2, -1, -1), ids)[:, :-1]
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
-    except Exception as error:  # of any type: it comes from any model
-        what = f"{cfg.encoder} cannot read {L} tokens, or {cfg.decoder} not write them from left to right"
-        raise UserError(f"{what}: {error}") from error
-
-
-def build_denoiser(cfg: Config, facts: dict, vae: TextVAE) -> tuple[Diffusion, LatentTransformer]:
+def build_denoiser(cfg, facts, vae):
     """The process and the denoiser that cfg describes, for the latents of vae."""
     torch.manual_seed(cfg.seed)
     device = vae.fc_mean.weight.device
@@ -168,16 +156,22 @@ def build_denoiser(cfg: Config, facts: dict, vae: TextVAE) -> tuple[Diffusion, L
     return process.to(device), LatentTransformer(*sizes, cfg.self_condition > 0).to(device)
 
 
+@dataclass
 class Writer:
     """All that turns noise into text: VAE, process, denoiser, and mean and std (k, d) of the latents."""
 
-    def __init__(self, cfg: Config, facts: dict, vae: TextVAE, mean: Tensor, std: Tensor):
-        self.cfg, self.facts, self.vae, self.mean, self.std = cfg, facts, vae, mean, std
-        self.process, self.model = build_denoiser(cfg, facts, vae)
-        self.device = vae.fc_mean.weight.device
-        self.encoder, self.decoder = tokenizers(facts)
+    cfg: Config
+    facts: dict
+    vae: TextVAE
+    mean: Tensor
+    std: Tensor
 
-    def write(self, x0: Tensor) -> list[str]:
+    def __post_init__(self):
+        self.process, self.model = build_denoiser(self.cfg, self.facts, self.vae)
+        self.device = self.vae.fc_mean.weight.device
+        self.encoder, self.decoder = (texts.from_json(*self.facts[side]) for side in ("encoder", "decoder"))
+
+    def write(self, x0: Tensor):
         """The texts of standardised latents (N, k, d)."""
         written = []
         for z in (x0 * self.std + self.mean).split(64):
@@ -194,7 +188,7 @@ class Writer:
         parts = [self.vae.states(part.to(self.device)) for part in ids.split(256)]
         return torch.cat([h.half() for h, _ in parts]), torch.cat([mask for _, mask in parts])
 
-    def sample(self, given: list) -> list[str]:
+    def sample(self, given: list):
         """A new text for each label (-1: none) or each text of the condition; cfg.seed decides the noise."""
         cfg, y, x0 = self.cfg, self.condition(given), []
         guided = cfg.reads_text or cfg.condition == "label" and self.facts["names"]
@@ -213,29 +207,26 @@ def rows_of(y, index: Tensor):
 
 
 @torch.no_grad()
-def encode_all(vae: TextVAE, ids: Tensor) -> Tensor:
+def encode_all(vae, ids: Tensor):
     """Means (N, k, d) of the latents of ids (N, L), on the CPU."""
     return torch.cat([vae.encode(part.to(vae.fc_mean.weight.device))[0].cpu() for part in ids.split(256)])
 
 
 def load(path, device=None, cfg: Config | None = None) -> Writer:
-    """The writer in a checkpoint of the diffusion, with the averaged weights. UserError for that of a VAE."""
+    """The writer in a checkpoint of the diffusion, with the averaged weights."""
     with open_checkpoint(path, Config) as saved:
         cfg, facts, extra = cfg or Config(**saved["config"]), saved["facts"], saved["extra"]
-        if facts["stage"] != "diffusion":
-            raise UserError(f"{path} is the checkpoint of a VAE: give that of a diffusion, diffusion/last.pt")
         vae = build_vae(cfg, facts, pick_device(device))
         vae.load_state_dict(extra["vae"])
         writer = Writer(cfg, facts, vae.eval().requires_grad_(False), extra["mean"], extra["std"])
         writer.model.load_state_dict(saved["ema"])
-    writer.model.eval()
     return writer
 
 
 # -- the two stages --------------------------------------------------------------------------------------
 
 
-def train_vae(cfg: Config, facts: dict, vae: TextVAE, train: tuple, test: tuple) -> TextVAE:
+def train_vae(cfg, facts, vae, train: tuple, test: tuple) -> TextVAE:
     """Train the VAE in its folder, or load it where it is finished; the averaged weights."""
     device, cfg = vae.fc_mean.weight.device, replace(cfg, out=f"{cfg.out}/vae")
     ids, target = (x.to(device) for x in train)
@@ -251,7 +242,7 @@ def train_vae(cfg: Config, facts: dict, vae: TextVAE, train: tuple, test: tuple)
 
 
 @torch.no_grad()
-def held_out_nats(vae: TextVAE, ids: Tensor, target: Tensor) -> str:
+def held_out_nats(vae, ids: Tensor, target: Tensor):
     """Nats per token of ids and target (N, L), also given the latents of other texts.
 
     Where these are alike, the decoder ignores the latents (posterior collapse): lower beta or p_max.
@@ -261,14 +252,14 @@ def held_out_nats(vae: TextVAE, ids: Tensor, target: Tensor) -> str:
     return f"held-out nats per token: {own:.3f}, given the latents of other texts {others:.3f}"
 
 
-def train_diffusion(cfg: Config, facts: dict, vae: TextVAE, train: list, test: list, ids: Tensor) -> None:
+def train_diffusion(cfg, facts, vae, train: list, test: list, ids: Tensor):
     """Train the denoiser, or load it where it is finished, on the latents of ids (N, L), those of `train`."""
-    weights, given = {name: w.cpu() for name, w in vae.state_dict().items()}, conditions(cfg, train)
-    facts = facts | dict(stage="diffusion", vae=[w.flatten()[0].item() for w in weights.values()])
+    weights = {name: w.cpu() for name, w in vae.state_dict().items()}
+    facts = facts | dict(vae=[w.flatten()[0].item() for w in weights.values()])
     z = encode_all(vae, ids)
     mean, std = z.mean(0), z.std(0).clamp(min=1e-3)
     writer = Writer(cfg, facts, vae, mean, std)
-    z, y = ((z - mean) / std).to(writer.device), writer.condition(given)
+    z, y = ((z - mean) / std).to(writer.device), writer.condition(conditions(cfg, train))
     sizes = dict(max_steps=cfg.diffusion_steps, batch_size=cfg.diffusion_batch)
     extra, cfg = dict(vae=weights, mean=mean, std=std), replace(cfg, out=f"{cfg.out}/diffusion")
     with Run(cfg, writer.model, facts, writer.device, extra=extra, **sizes) as run:
@@ -282,35 +273,26 @@ def train_diffusion(cfg: Config, facts: dict, vae: TextVAE, train: list, test: l
                 save_text(sample_lines(writer, test), run.out / f"samples/{step:06}.txt")
         if run.due(1):  # once, in the main process
             save_text(sample_lines(writer, test), run.out / "samples/samples.txt")
-            log(f"more samples: python textgen.py --load {run.out / 'last.pt'} --guidance 0")
             if cfg.score_n:
                 score(writer, train, test)
 
 
-# -- samples and scores ----------------------------------------------------------------------------------
-
-
-def conditions(cfg: Config, rows: list[texts.Row]) -> list:
+def conditions(cfg, rows: list[Row]):
     """The texts, or the labels, that rows are conditioned on; -1 is none."""
     return [c if cfg.reads_text else y if cfg.condition == "label" else -1 for _, y, c in rows]
 
 
-def sample_lines(writer: Writer, rows: list[texts.Row]) -> list[str]:
-    """cfg.samples new texts for each class, for the prompt, or for the conditions of the first rows."""
+def sample_lines(writer, rows: list[Row]):
+    """cfg.samples new texts for each class, or for the conditions of the first rows where these are texts."""
     cfg, names = writer.cfg, writer.facts["names"]
+    shown = dict(enumerate(names)) if cfg.condition == "label" and names else {-1: ""}
     if cfg.reads_text:
-        shown = {c: c for c in ([cfg.prompt] if cfg.prompt else conditions(cfg, rows[:3]))}
-    else:
-        shown = dict(enumerate(names)) if cfg.condition == "label" and names else {-1: ""}
-    if not shown:
-        raise UserError(f"this model writes given a text ({cfg.condition}): add a --prompt")
-    if cfg.prompt and not texts.fits(writer.encoder, writer.decoder, cfg.max_tokens)(cfg.prompt):
-        raise UserError(f"--prompt must have fewer than {cfg.max_tokens} tokens: shorten it")
+        shown = {c: c for c in conditions(cfg, rows[:3])}
     given = [c for c in shown for _ in range(cfg.samples)]
     return [f"[{shown[c]}] {text}" for c, text in zip(given, writer.sample(given), strict=True)]
 
 
-def score(writer: Writer, train: list[texts.Row], test: list[texts.Row]) -> None:
+def score(writer, train: list[Row], test: list[Row]):
     """Log how held-out texts come back from their latents, and what new texts are like."""
     cfg, n = writer.cfg, writer.cfg.score_n
     ids, target = tensors(cfg, writer.encoder, writer.decoder, shuffled(test, cfg.seed)[:n])
@@ -319,11 +301,11 @@ def score(writer: Writer, train: list[texts.Row], test: list[texts.Row]) -> None
     log(f"\nscore of n={len(real)}: BLEU of reconstructions {scores.bleu(copies, real):.1f}")
     log(f"  {held_out_nats(writer.vae, ids, target)}")
     if labelled := len(writer.facts["names"]) > 1:
-        classify = scores.text_classifier([row[0] for row in train], [row[1] for row in train])
+        classify = scores.text_classifier(*list(zip(*train, strict=True))[:2])
     known = shuffled(train, cfg.seed)[:n]
     new = [(text, *row[1:]) for row, text in zip(known, writer.sample(conditions(cfg, known)), strict=True)]
     for name, rows in {"samples": new, "training": known, "held out": test[:n]}.items():
-        written, labels = [row[0] for row in rows], [row[1] for row in rows]
+        written, labels, _ = zip(*rows, strict=True)
         line = f"  {name:9} dist-2 {scores.dist2(written):.3f}"
         if labelled:
             line += f"  label {scores.agreement(classify(written), labels):.3f}"
@@ -334,46 +316,24 @@ def score(writer: Writer, train: list[texts.Row], test: list[texts.Row]) -> None
         log(line)
 
 
-def shuffled(rows: list, seed: int) -> list:
+def shuffled(rows: list, seed: int):
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     return [rows[i] for i in order.tolist()]
 
 
-# -- main ------------------------------------------------------------------------------------------------
-
-
-def check_settings(cfg: Config) -> None:
-    """Raise UserError for settings that do not go together, once the recipe's are known."""
-    covered = cfg.span == 1 or cfg.k * (cfg.span - 1) < cfg.max_tokens <= cfg.k * cfg.span
-    check_config(
-        cfg,
-        (
-            cfg.prompt is None or cfg.load and cfg.reads_text,
-            "--prompt needs --load and a text as condition",
-        ),
-        (covered, f"--k {cfg.k} --span {cfg.span} must just cover --max_tokens {cfg.max_tokens}"),
-        ((cfg.encoder == "scratch") == (cfg.decoder == "scratch"), "--encoder, --decoder: give both or none"),
-    )
-
-
-def load_texts(cfg: Config) -> texts.Texts:
+def load_texts(cfg) -> texts.Texts:
     tables = dict(train=grammar.rows()) if is_builtin(cfg.dataset, ["grammar"]) else load_tables(cfg.dataset)
     column = cfg.condition if cfg.reads_text and cfg.condition != "prefix" else None
     return texts.read_texts(tables, cfg.dataset, cfg.text_column, cfg.label_column, column)
 
 
-def tokenizers(facts: dict) -> list:
-    """Those of encoder and decoder."""
-    return [texts.from_json(*facts[side]) for side in ("encoder", "decoder")]
-
-
-def tensors(cfg: Config, encoder, decoder, rows: list[texts.Row]) -> tuple[Tensor, Tensor]:
+def tensors(cfg, encoder, decoder, rows: list[Row]):
     """The encoder's ids and the decoder's targets of rows, (N, max_tokens) each."""
     x = [row[0] for row in rows]
     return texts.encode(encoder, x, cfg.max_tokens), texts.encode(decoder, x, cfg.max_tokens, end=True)
 
 
-def pieces(cfg: Config, encoder, decoder, data: texts.Texts) -> tuple[list[texts.Row], list[texts.Row]]:
+def pieces(cfg, encoder, decoder, data: texts.Texts):
     """The training and the held-out texts, cut to cfg.max_tokens; pieces of training texts overlap."""
     fits, prefix = texts.fits(encoder, decoder, cfg.max_tokens), cfg.condition == "prefix"
     train = texts.cut_rows(data.train, fits, overlap=not cfg.reads_text, prefix=prefix)
@@ -384,37 +344,36 @@ def pieces(cfg: Config, encoder, decoder, data: texts.Texts) -> tuple[list[texts
     return train, test
 
 
-def train(cfg: Config) -> None:
-    """Train both stages."""
-    data, path = load_texts(cfg), Path(cfg.out, "vae/last.pt")
-    facts = dict(stage="vae", names=data.names, checksum=data.checksum())
-    if path.exists():  # newer libraries may write tokenizers and configurations differently
-        with open_checkpoint(path, Config) as saved:
-            facts = saved["facts"] | facts
-    elif cfg.encoder == "scratch":
-        tokenizer = texts.train_tokenizer([row[0] for row in data.train], cfg.vocab)
-        facts["encoder"] = facts["decoder"] = texts.to_json(tokenizer)
+def train(cfg):
+    data, scratch = load_texts(cfg), cfg.encoder == cfg.decoder == "scratch"
+    if scratch:
+        encoder = decoder = texts.train_tokenizer([row[0] for row in data.train], cfg.vocab)
     else:
-        facts["encoder"] = texts.to_json(texts.pretrained_tokenizer(cfg.encoder))
-        facts["decoder"] = texts.to_json(texts.pretrained_tokenizer(cfg.decoder))
-    both = tokenizers(facts)
-    known, held_out = pieces(cfg, *both, data)
+        encoder, decoder = map(texts.pretrained_tokenizer, (cfg.encoder, cfg.decoder))
+    facts = dict(names=data.names, checksum=data.checksum())
+    facts |= dict(encoder=texts.to_json(encoder), decoder=texts.to_json(decoder))
+    known, held_out = pieces(cfg, encoder, decoder, data)
+    inputs, inputs_test = (tensors(cfg, encoder, decoder, rows) for rows in (known, held_out))
     vae = build_vae(cfg, facts, pick_device())
-    configs = [part.config.to_json_string(use_diff=False) for part in (vae.encoder, vae.decoder)]
-    facts, inputs = dict(backbones=configs) | facts, tensors(cfg, *both, known)
-    vae = train_vae(cfg, facts, vae, inputs, tensors(cfg, *both, held_out))
+    if not scratch:
+        facts["backbones"] = [p.config.to_json_string(use_diff=False) for p in (vae.encoder, vae.decoder)]
+    vae = train_vae(cfg, facts, vae, inputs, inputs_test)
     facts |= dict(conditions=data.checksum(conditions=True))
     train_diffusion(cfg, facts, vae, known, held_out, inputs[0])
 
 
-def main(cfg: Config) -> None:
-    check_settings(cfg)
+def main(cfg):
+    prompted = bool(cfg.load and cfg.reads_text)
+    check_config(
+        cfg,
+        (bool(cfg.prompt) == prompted, "--prompt goes with --load and a condition that is a text"),
+        (cfg.span == 1 or cfg.max_tokens <= cfg.k * cfg.span, "--k times --span must cover --max_tokens"),
+    )
     if not cfg.load:
         return train(resolve_out(cfg))
-    writer = load(cfg.load, cfg=cfg)
-    tag = f"{cfg.sampler}_{cfg.steps}_guidance{cfg.guidance:g}_seed{cfg.seed}"
-    tag += f"_{zlib.crc32(cfg.prompt.encode()):08x}" if cfg.prompt else ""
-    save_text(sample_lines(writer, []), Path(cfg.load).expanduser().parent / f"samples/{tag}.txt")
+    writer, folder = load(cfg.load, cfg=cfg), Path(cfg.load).expanduser().parent / "samples"
+    name = f"{cfg.sampler}_{cfg.steps}_guidance{cfg.guidance:g}_seed{cfg.seed}.txt"
+    save_text(sample_lines(writer, [("", -1, cfg.prompt)]), folder / name)
     if cfg.score_n:
         data = load_texts(cfg)
         if data.checksum() != writer.facts["checksum"]:

@@ -94,7 +94,7 @@ class Config:
 # -- text as ids -----------------------------------------------------------------------------------------
 
 
-def load_text(cfg: Config) -> tuple:
+def load_text(cfg):
     """The first nine tenths of a text, for training, and the held-out rest: nanoGPT's split."""
     path = Path(cfg.dataset).expanduser()
     if is_builtin(cfg.dataset, ["shakespeare"]):
@@ -117,7 +117,7 @@ def load_text(cfg: Config) -> tuple:
     return text[:n], text[n:]
 
 
-def facts_of(cfg: Config, text: str, text_test: str) -> dict:
+def facts_of(cfg, text: str, text_test: str):
     """What a checkpoint must know of its text: the characters, or the BPE."""
     tokenizer, whole = None, text + text_test
     if cfg.vocab:
@@ -126,12 +126,12 @@ def facts_of(cfg: Config, text: str, text_test: str) -> dict:
     return dict(alphabet="".join(sorted(set(whole))), tokenizer=tokenizer, checksum=checksum)
 
 
-def vocabulary(facts: dict) -> int:
+def vocabulary(facts):
     """The number of tokens; the mask is one more."""
     return len(from_json(*facts["tokenizer"])) if facts["tokenizer"] else len(facts["alphabet"])
 
 
-def encode(facts: dict, text: str) -> Tensor:
+def encode(facts, text: str):
     """Ids (n,) of a text."""
     if facts["tokenizer"]:
         return torch.tensor(from_json(*facts["tokenizer"])(text)["input_ids"], dtype=torch.long)
@@ -141,14 +141,14 @@ def encode(facts: dict, text: str) -> Tensor:
     return torch.tensor(ids, dtype=torch.long)
 
 
-def decode(facts: dict, ids: Tensor) -> str:
+def decode(facts, ids: Tensor):
     """The text of ids (n,), with ░ or <mask>, the BPE's token 0, for each mask."""
     if facts["tokenizer"]:
         return from_json(*facts["tokenizer"]).decode(ids.where(ids < vocabulary(facts), 0).tolist())
     return "".join((facts["alphabet"] + "░")[i] for i in ids.tolist())
 
 
-def encode_prompt(cfg: Config, facts: dict) -> Tensor:
+def encode_prompt(cfg, facts):
     """Ids (p,) of the prompt, with the mask at its gaps. UserError where it is too long."""
     pieces = cfg.prompt.split(cfg.gap) if cfg.gap else [cfg.prompt]
     ids = torch.cat([F.pad(encode(facts, piece), (0, 1), value=vocabulary(facts)) for piece in pieces])[:-1]
@@ -157,7 +157,7 @@ def encode_prompt(cfg: Config, facts: dict) -> Tensor:
     return ids
 
 
-def window_starts(cfg: Config, facts: dict, ids: Tensor, stride: int = 1) -> Tensor:
+def window_starts(cfg, facts, ids: Tensor, stride: int = 1):
     """Positions (N,) in ids where windows begin: every `stride` tokens, or with cfg.lines where lines do."""
     starts = torch.arange(0, len(ids), stride, device=ids.device)
     if cfg.lines:
@@ -168,7 +168,7 @@ def window_starts(cfg: Config, facts: dict, ids: Tensor, stride: int = 1) -> Ten
     return starts
 
 
-def build(cfg: Config, facts: dict, device: torch.device) -> tuple:
+def build(cfg, facts, device):
     """The process and the denoiser of windows in blocks."""
     torch.manual_seed(cfg.seed)
     layout = Layout([0] + [cfg.block] * (cfg.window // cfg.block))
@@ -176,13 +176,13 @@ def build(cfg: Config, facts: dict, device: torch.device) -> tuple:
     return Masked(model.mask_id), model.to(device)
 
 
-def load(path, device=None, cfg: Config | None = None) -> tuple:
+def load(path, device=None, cfg: Config | None = None):
     """Process, denoiser (the averaged weights) and facts of a checkpoint, ready to write."""
     return load_model(path, Config, build, device, cfg)
 
 
 @torch.no_grad()
-def write(cfg: Config, model: TokenTransformer, prompt: Tensor):
+def write(cfg, model, prompt: Tensor):
     """Yield ids (n, L) after each step: texts that begin with prompts (n, p), shorter than a window.
 
     Each window after the first begins with the second half of the one before. With cfg.gap only the masks of
@@ -201,7 +201,7 @@ def write(cfg: Config, model: TokenTransformer, prompt: Tensor):
                     return  # the rest of the window is not wanted
 
 
-def write_samples(cfg: Config, facts: dict, model: TokenTransformer) -> list[str]:
+def write_samples(cfg, facts, model):
     """cfg.samples texts that begin with the prompt."""
     prompt = encode_prompt(cfg, facts).expand(cfg.samples, -1).to(next(model.parameters()).device)
     *_, samples = write(cfg, model, prompt)
@@ -211,14 +211,14 @@ def write_samples(cfg: Config, facts: dict, model: TokenTransformer) -> list[str
 # -- training and score ----------------------------------------------------------------------------------
 
 
-def stratified(B: int, n: int, device) -> Tensor:
+def stratified(B: int, n: int, device):
     """Uniform numbers (B, n) in [0, 1), one in each of B n equal parts: less variance. MDLM app. C."""
     order = torch.randperm(B * n, device=device)
     return ((order + torch.rand(B * n, device=device)) / (B * n)).clamp(max=1 - 1e-6).view(B, n)
 
 
 @torch.no_grad()
-def bits_of(cfg: Config, facts: dict, model, text: str, n: int, draws: int = 8) -> Tensor:
+def bits_of(cfg, facts, model, text: str, n: int, draws: int = 8):
     """Bits per character, at most, of at most n windows (N,) of a text; draws: masks of each."""
     device, generator = next(model.parameters()).device, torch.Generator().manual_seed(cfg.seed)
     ids, nats = encode(facts, text).to(device), []
@@ -232,13 +232,13 @@ def bits_of(cfg: Config, facts: dict, model, text: str, n: int, draws: int = 8) 
     return torch.cat(nats) / (cfg.window * characters * math.log(2))
 
 
-def log_score(bits: Tensor) -> None:
+def log_score(bits: Tensor):
     """Print the mean of bits (N,) and its standard error."""
     error = bits.std() / math.sqrt(len(bits))
     log(f"at most {bits.mean():.4f} +- {error:.4f} bits per character, n={len(bits)} held-out windows")
 
 
-def train(cfg: Config, text: str, text_test: str, device: torch.device) -> None:
+def train(cfg, text: str, text_test: str, device):
     facts = facts_of(cfg, text, text_test)
     ids = encode(facts, text).to(device)
     log(f"{cfg.dataset}: {len(ids)} training tokens of {vocabulary(facts)} kinds")
@@ -264,7 +264,7 @@ def train(cfg: Config, text: str, text_test: str, device: torch.device) -> None:
                 log_score(bits_of(cfg, facts, run.ema, text_test, cfg.score_n))
 
 
-def main(cfg: Config) -> None:
+def main(cfg):
     if not cfg.load:
         return train(resolve_out(cfg), *load_text(cfg), pick_device())
     _, model, facts = load(cfg.load, cfg=cfg)

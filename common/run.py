@@ -67,6 +67,8 @@ def run_script(Config, main, doc: str):
     try:
         parse = partial(tyro.cli, Config, description=doc, use_underscores=True)
         first = parse()
+        if first.load and first.resume:
+            raise UserError("--load samples from a checkpoint, --resume continues a training: choose one")
         if first.load:
             with open_checkpoint(first.load, Config) as saved:
                 cfg = parse(default=Config(**saved["config"] | dict(score_n=0, resume=False)))

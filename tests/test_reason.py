@@ -207,7 +207,8 @@ def test_a_puzzle_is_learned_from_full_grids_in_their_symmetries(spy, tmp_path, 
     assert (t == t[:, :1]).all() and 0.3 <= t.min() < 0.32 and 0.58 < t.max() <= 0.6
 
 
-@pytest.mark.parametrize("passes", ["multi", pytest.param("single", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("passes", ["multi", "single"])
 def test_chains_are_learned_by_heart(passes, tmp_path, cli):
     network = "--train_n 20 --width 64 --depth 1 --batch_size 20 --max_steps 120 --score_n 1".split()
     network += "--lr 1e-2 --muon_lr 0.05".split()

@@ -1,18 +1,14 @@
 """textgen.py as a user runs it, at a tiny size: stages, samples, scores, resuming, conditions, mistakes."""
 
 import contextlib
-import csv
 import io
 import json
-import signal
-import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import ROOT
 from filelock import FileLock
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -69,52 +65,31 @@ def writer(trained):
     return textgen.load(trained[0] / "diffusion/last.pt", "cpu")
 
 
-def training_ids(writer):
-    train, _ = textgen.pieces(writer.cfg, writer.encoder, writer.decoder, textgen.load_texts(writer.cfg))
-    return textgen.tensors(writer.cfg, writer.encoder, writer.decoder, train)[0]
-
-
 def write_reviews(path, text="the room was number {i}. the staff was kind. we slept well, for a fair price."):
     lines = [f'"{text.format(i=i)}",{i % 5 + 1}' for i in range(60)]
     path.write_text("\n".join(["Review,Rating", *lines]), encoding="utf-8")
     return path
 
 
-# -- a run -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", textgen.Config.RECIPES)
 def test_a_recipe_is_a_valid_configuration_and_takes_the_place_of_defaults(name):
     recipe = textgen.Config.RECIPES[name]
     cfg = textgen.Config(**recipe)
-    textgen.check_settings(cfg)
+    assert cfg.span == 1 or cfg.max_tokens <= cfg.k * cfg.span
     assert asdict(cfg) == asdict(textgen.Config()) | recipe
 
 
-def test_a_run_leaves_its_files(trained):
-    out, _ = trained
+def test_a_run_leaves_its_files_and_samples_of_every_class(trained):
+    out, printed = trained
     for stage in ("vae", "diffusion"):
         for name in ("log.csv", "curve.png", "last.pt"):
             assert (out / stage / name).stat().st_size > 30
     assert {path.name for path in out.glob("*/samples/*")} == {"000020.txt", "000040.txt", "samples.txt"}
-    with open(out / "vae/log.csv", encoding="utf-8") as file:
-        assert [int(row["step"]) for row in csv.DictReader(file)] == [40]
-
-
-def test_samples_are_written_for_every_class(trained):
-    lines = (trained[0] / "diffusion/samples/samples.txt").read_text().splitlines()
+    lines = (out / "diffusion/samples/samples.txt").read_text().splitlines()
     assert [line[:4] for line in lines] == [f"[{1 + i // 4}] " for i in range(20)]
-
-
-def test_real_texts_are_right_by_the_grammar_in_the_score(trained):
-    real = [line for line in trained[1].splitlines() if line.startswith(("  training", "  held out"))]
-    assert len(real) == 2
+    real = [line for line in printed.splitlines() if line.startswith(("  training", "  held out"))]
+    assert len(real) == 2  # real texts are right by the grammar
     assert all(line.endswith("accepted 1.000  rating 1.000") for line in real)
-
-
-def test_the_texts_of_a_score_are_picked_by_the_seed():
-    order = torch.randperm(50, generator=torch.Generator().manual_seed(3)).tolist()
-    assert textgen.shuffled(list(range(50)), 3) == order
 
 
 def test_samples_are_drawn_from_the_averaged_weights(trained, writer):
@@ -126,33 +101,24 @@ def test_samples_are_drawn_from_the_averaged_weights(trained, writer):
 
 
 def test_training_latents_are_standardised_and_written_back(writer):
-    z = textgen.encode_all(writer.vae, training_ids(writer))
+    how = writer.cfg, writer.encoder, writer.decoder
+    ids, _ = textgen.tensors(*how, textgen.pieces(*how, textgen.load_texts(writer.cfg))[0])
+    z = textgen.encode_all(writer.vae, ids)
     x0 = (z - writer.mean) / writer.std
     torch.testing.assert_close(x0.mean(0), torch.zeros(4, 8), atol=1e-3, rtol=0)
     torch.testing.assert_close(x0.std(0), torch.ones(4, 8), atol=1e-2, rtol=0)
     assert writer.write(x0[:3]) == texts.decode(writer.decoder, writer.vae.generate(z[:3], 64))
 
 
-def test_a_writer_samples_by_labels_and_its_seed_decides_the_noise(writer, monkeypatch):
+def test_a_writer_samples_by_labels_guidance_and_its_seed(writer, monkeypatch):
     monkeypatch.setattr(writer, "write", lambda x0: x0)
     x, again = writer.sample([0, 4]), writer.sample([0, 4])
     other_label = writer.sample([0, 0])
-    monkeypatch.setattr(writer, "cfg", replace(writer.cfg, seed=1))
     assert torch.equal(x, again)
     assert torch.equal(x[0], other_label[0]) and not torch.equal(x[1], other_label[1])
-    assert (x - writer.sample([0, 4])).abs().mean() > 0.1
-
-
-def test_guidance_moves_samples_away_from_those_without_a_label(writer, monkeypatch):
-    monkeypatch.setattr(writer, "write", lambda x0: x0)
-    drawn = {}
-    for w in (0.0, 2.0):
-        monkeypatch.setattr(writer, "cfg", replace(writer.cfg, guidance=w))
-        drawn[w] = writer.sample([4])
-    assert not torch.equal(drawn[0.0], drawn[2.0])
-
-
-# -- samples and scores of a checkpoint ------------------------------------------------------------------
+    for change in (dict(seed=1), dict(guidance=0.0)):
+        monkeypatch.setattr(writer, "cfg", replace(writer.cfg, **change))
+        assert not torch.equal(x, writer.sample([0, 4]))
 
 
 def test_sampling_needs_the_checkpoint_alone_and_a_seed_repeats_it(trained, cli, monkeypatch, tmp_path):
@@ -162,17 +128,11 @@ def test_sampling_needs_the_checkpoint_alone_and_a_seed_repeats_it(trained, cli,
     again, first = (cli("textgen", "--load", alone)[1] for _ in range(2))
     assert first.count("\n[3] ") == 4
     assert again == first
-
-
-@pytest.mark.parametrize(
-    "flags", ["--guidance 0", "--sampler ddim --steps 3", "--sampler heun", "--samples 1"]
-)
-def test_flags_override_the_settings_of_a_checkpoint(flags, trained, cli, tmp_path):
-    path = tmp_path / "last.pt"
-    path.write_bytes((trained[0] / "diffusion/last.pt").read_bytes())
-    status, printed = cli("textgen", "--load", path, *flags.split())
-    assert status == 0, printed
-    assert len(list((tmp_path / "samples").iterdir())) == 1
+    status, printed = cli(
+        "textgen", "--load", alone, *"--sampler heun --steps 3 --guidance 0 --samples 1".split()
+    )
+    assert status == 0 and printed.count("\n[3] ") == 1
+    assert len(list((tmp_path / "samples").iterdir())) == 2
 
 
 def test_a_score_of_a_checkpoint_repeats_that_of_the_run(trained, cli):
@@ -204,18 +164,6 @@ def test_held_out_nats_tell_used_latents_from_ignored_ones():
     assert own == others
 
 
-def test_texts_of_one_class_have_no_label_score(tmp_path, cli):
-    path = tmp_path / "r.csv"
-    path.write_text("\n".join(["Review,Rating", *(f"room {i} was fine,5" for i in range(60))]))
-    flags = [*SMALL, *steps(1, 1, score_n=6), "--out", tmp_path / "out"]
-    status, printed = cli("textgen", "--dataset", path, *flags)
-    assert status == 0, printed
-    assert "score of n=6" in printed and "  label" not in printed
-
-
-# -- going on --------------------------------------------------------------------------------------------
-
-
 def same_weights(a, b):
     a, b = (checkpoint(out / "diffusion/last.pt") for out in (a, b))
     pairs = [(a["model"], b["model"]), (a["ema"], b["ema"]), (a["extra"]["vae"], b["extra"]["vae"])]
@@ -229,6 +177,7 @@ def uninterrupted(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["vae", "diffusion"])
 def test_a_stage_interrupted_and_resumed_ends_with_the_same_bits(stage, uninterrupted, tmp_path, cli):
     part = dict(vae=(5, 1), diffusion=(8, 5))[stage]
@@ -237,63 +186,33 @@ def test_a_stage_interrupted_and_resumed_ends_with_the_same_bits(stage, uninterr
         (tmp_path / "diffusion/last.pt").unlink()
     flags = [*GRAMMAR, *steps(8, 8, sample_every=4), "--out", tmp_path]
     assert cli("textgen", *flags)[0] == 2  # without --resume
-    status, printed = cli("textgen", *flags, "--resume")
-    assert status == 0, printed
+    assert cli("textgen", *flags, "--resume")[0] == 0
     assert same_weights(uninterrupted, tmp_path)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["vae", "diffusion"])
-def test_a_run_killed_in_a_stage_and_resumed_ends_with_the_same_bits(stage, tmp_path):
-    command = [sys.executable, "textgen.py", *GRAMMAR, *steps(60, 60, save_every=5)]
-
-    def start(out, *more):
-        return subprocess.Popen([*map(str, command), "--out", str(out), *more], cwd=ROOT)
-
-    assert start(tmp_path / "a").wait() == 0
-    killed, path = start(tmp_path / "b"), tmp_path / "b" / stage / "last.pt"
-    while not path.exists() and killed.poll() is None:
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert checkpoint(path)["step"] < 60
-    assert start(tmp_path / "b", "--resume").wait() == 0
-    assert same_weights(tmp_path / "a", tmp_path / "b")
-
-
-def test_finished_stages_are_loaded(trained, cli, monkeypatch):
+def test_finished_stages_are_loaded_and_their_settings_and_folders_kept(trained, cli, monkeypatch):
     monkeypatch.setattr(textgen.Run, "update", lambda *_: pytest.fail("trained again"))
-    status, printed = cli("textgen", *GRAMMAR, *steps(40, 40), "--out", trained[0])
-    assert status == 0, printed
+    flags = [*GRAMMAR, *steps(40, 40), "--out", trained[0]]
+    assert cli("textgen", *flags)[0] == 0
+    status, printed = cli("textgen", *flags, "--latent_width", 3)
+    assert status == 2 and "vae/last.pt" in printed
+    with FileLock(trained[0] / "diffusion/.lock"):
+        status, printed = cli("textgen", *flags)
+    assert status == 2 and str(trained[0] / "diffusion") in printed
 
 
-@pytest.mark.parametrize("stage", ["vae", "diffusion"])
-def test_a_second_run_in_the_folder_is_refused(stage, trained, cli):
-    with FileLock(trained[0] / stage / ".lock"):
-        status, printed = cli("textgen", *GRAMMAR, *steps(40, 40), "--out", trained[0])
-    assert status == 2
-    assert str(trained[0] / stage) in printed
-
-
-def test_one_vae_serves_several_diffusions(trained, cli, tmp_path):
+def test_one_vae_serves_several_diffusions_and_a_diffusion_one_vae(trained, cli, tmp_path):
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae/last.pt").write_bytes((trained[0] / "vae/last.pt").read_bytes())
-    flags = [*GRAMMAR, *steps(40, 2), "--out", tmp_path]
-    status, printed = cli("textgen", *flags, "--condition", "none", "--shift", 2, "--width", 16)
+    flags = [*GRAMMAR, "--condition", "none", "--shift", 2, "--width", 16, "--out", tmp_path]
+    status, printed = cli("textgen", *flags, *steps(40, 2))
     assert status == 0, printed
-    saved = checkpoint(tmp_path / "diffusion/last.pt")["extra"]["vae"]
+    path = tmp_path / "diffusion/last.pt"
+    saved = checkpoint(path)["extra"]["vae"]
     assert all(map(torch.equal, saved.values(), checkpoint(trained[0] / "vae/last.pt")["ema"].values()))
-
-
-def test_a_diffusion_does_not_go_on_over_another_vae(trained, cli, tmp_path):
-    (tmp_path / "diffusion").mkdir()
-    (tmp_path / "diffusion/last.pt").write_bytes((trained[0] / "diffusion/last.pt").read_bytes())
-    status, printed = cli("textgen", *GRAMMAR, *steps(1, 60), "--resume", "--out", tmp_path)
-    assert status == 2
-    assert str(tmp_path / "diffusion/last.pt") in printed
-
-
-# -- conditions that are texts ---------------------------------------------------------------------------
+    (tmp_path / "vae/last.pt").unlink()
+    status, printed = cli("textgen", *flags, *steps(1, 60), "--resume")
+    assert status == 2 and str(path) in printed
 
 
 @pytest.fixture(scope="module")
@@ -342,11 +261,8 @@ def test_a_prompt_is_the_condition(conditioned, cli):
     assert status == 0
     assert printed.count("[what is 3?] ") == 4
     assert len(textgen.load(path).sample(["what is 3?"])) == 1
-
-
-@pytest.mark.parametrize("flags", [[], ["--prompt", ""], ["--prompt", "what is 3? " * 99]])
-def test_no_prompt_and_one_too_long_are_refused(flags, conditioned, cli):
-    assert cli("textgen", "--load", conditioned / "question/diffusion/last.pt", *flags)[0] == 2
+    for flags in ([], ["--prompt", ""]):
+        assert cli("textgen", "--load", path, *flags)[0] == 2
 
 
 def test_padding_of_a_condition_counts_for_nothing(conditioned):
@@ -363,8 +279,6 @@ def test_padding_of_a_condition_counts_for_nothing(conditioned):
     assert (out - writer.model(xt, t, (context + 1, mask))).abs().max() > 1e-3
 
 
-# -- pretrained parts ------------------------------------------------------------------------------------
-
 SHAPE = dict(vocab_size=330, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
 SHAPES = {name: SHAPE | dict(model_type=name) for name in ("bert", "roberta", "llama", "opt")}
 SHAPES["gpt2"] = dict(model_type="gpt2", vocab_size=330, n_embd=16, n_layer=1, n_head=2)
@@ -372,7 +286,6 @@ SHAPES["distilbert"] = dict(
     model_type="distilbert", vocab_size=330, dim=16, hidden_dim=32, n_layers=1, n_heads=2
 )
 SHAPES["opt"] |= dict(ffn_dim=32, word_embed_proj_dim=8)
-SHAPES["mask"] = SHAPES["roberta"] | dict(initializer_range=0.5)  # as a decoder it is not causal
 
 
 def save_pretrained(folder, name, **shape):
@@ -391,6 +304,7 @@ def save_pretrained(folder, name, **shape):
     return folder / name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoder, decoder", [("bert", "gpt2"), ("roberta", "llama"), ("distilbert", "opt")])
 def test_any_pretrained_parts_train_and_their_folders_are_needed_no_more(encoder, decoder, tmp_path, cli):
     parts = [save_pretrained(tmp_path, name) for name in (encoder, decoder)]
@@ -404,30 +318,21 @@ def test_any_pretrained_parts_train_and_their_folders_are_needed_no_more(encoder
     assert status == 2 and parts[0].name in printed
 
 
-def test_pretrained_parts_resume_to_the_same_bits_also_with_another_version_of_transformers(tmp_path, cli):
-    """The first start reads weights by name, the second one builds from the checkpoint's configurations."""
+@pytest.mark.slow
+def test_pretrained_parts_resume_to_the_same_bits(tmp_path, cli):
     parts = save_pretrained(tmp_path, "bert"), save_pretrained(tmp_path, "gpt2")
     flags = [*GRAMMAR, "--encoder", parts[0], "--decoder", parts[1], "--out"]
     assert cli("textgen", *flags, tmp_path / "a", *steps(4, 1))[0] == 0
     assert cli("textgen", *flags, tmp_path / "b", *steps(2, 1))[0] == 0
     (tmp_path / "b/diffusion/last.pt").unlink()
-    path = tmp_path / "b/vae/last.pt"
-    saved = checkpoint(path)
-    saved["facts"]["backbones"] = [text.replace("{", '{"new": 1,', 1) for text in saved["facts"]["backbones"]]
-    torch.save(saved, path)
-    status, printed = cli("textgen", *flags, tmp_path / "b", *steps(4, 1), "--resume")
-    assert status == 0, printed
+    assert cli("textgen", *flags, tmp_path / "b", *steps(4, 1), "--resume")[0] == 0
     assert same_weights(tmp_path / "a", tmp_path / "b")
 
 
-WRONG = dict(
-    ahead=("bert", "mask", {}), positions=("bert", "gpt2", dict(n_positions=60)), end=("bert", "bert", {})
+@pytest.mark.parametrize(
+    "encoder, decoder, shape", [("bert", "gpt2", dict(n_positions=60)), ("bert", "bert", {})]
 )
-
-
-@pytest.mark.parametrize("what", WRONG)
-def test_a_decoder_that_reads_ahead_is_too_short_or_has_no_end_token_is_refused(what, tmp_path, cli):
-    encoder, decoder, shape = WRONG[what]
+def test_a_decoder_that_is_too_short_or_has_no_end_token_is_refused(encoder, decoder, shape, tmp_path, cli):
     parts = save_pretrained(tmp_path, encoder), save_pretrained(tmp_path, decoder, **shape)
     flags = [*GRAMMAR, *steps(1, 1), "--encoder", parts[0], "--decoder", parts[1], "--out", tmp_path / "out"]
     assert cli("textgen", *flags)[0] == 2
@@ -446,17 +351,13 @@ def test_without_a_network_pretrained_parts_are_refused_at_once(tmp_path, cli, m
     assert time.monotonic() - start < 20  # the libraries themselves try for 40 seconds
 
 
-# -- mistakes --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "flags",
     [
-        "--p_max 1.5",
+        "",  # a folder called like the grammar is ambiguous
         "--steps 1001",
         "--width 100",
         "--span 15",
-        "--span 22",
         "--prompt hello",
         "--condition weather",
         "--text_column weather",
@@ -469,52 +370,33 @@ def test_without_a_network_pretrained_parts_are_refused_at_once(tmp_path, cli, m
 )
 def test_a_mistake_is_refused_before_training(flags, tmp_path, cli, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if not flags:
+        (tmp_path / "grammar").mkdir()
     status, printed = cli("textgen", *GRAMMAR, *steps(1, 1), *flags.split())
     assert status == 2, printed
     assert not list(tmp_path.rglob("last.pt"))
 
 
-def test_a_folder_called_like_the_grammar_is_ambiguous(tmp_path, cli, monkeypatch):
+@pytest.mark.parametrize(
+    "flags", ["--prompt hello", "--latent_width 3", "--condition none", "--dataset r.csv"]
+)
+def test_a_checkpoint_refuses_what_it_was_not_trained_for(flags, trained, cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "grammar").mkdir()
-    assert cli("textgen", *GRAMMAR, *steps(1, 1))[0] == 2
-
-
-@pytest.mark.parametrize("flags", [["--prompt", "hello"], ["--latent_width", 3], ["--condition", "none"]])
-def test_a_checkpoint_refuses_what_it_was_not_trained_for(flags, trained, cli):
-    status, printed = cli("textgen", "--load", trained[0] / "diffusion/last.pt", *flags)
+    write_reviews(tmp_path / "r.csv")
+    path = trained[0] / "diffusion/last.pt"
+    status, printed = cli("textgen", "--load", path, *flags.split(), "--score_n", 20)
     assert status == 2
-    assert flags[0] in printed
+    assert flags.split()[0] in printed or "r.csv" in printed
 
 
-def test_a_checkpoint_of_the_vae_is_refused_for_sampling(trained):
-    with pytest.raises(UserError, match="vae/last.pt"):
-        textgen.load(trained[0] / "vae/last.pt")
-
-
-def test_settings_of_the_vae_cannot_change_after_its_training(trained, cli):
-    status, printed = cli("textgen", *GRAMMAR, *steps(40, 40), "--out", trained[0], "--latent_width", 3)
-    assert status == 2
-    assert "vae/last.pt" in printed
-
-
-@pytest.mark.parametrize("break_it", ["weights", "names", "stage"])
+@pytest.mark.parametrize("break_it", ["weights", "names"])
 def test_a_checkpoint_with_other_contents_is_refused(break_it, trained, tmp_path):
     saved = checkpoint(trained[0] / "diffusion/last.pt")
     if break_it == "weights":
         saved["extra"]["vae"] = {name: value[:1] for name, value in saved["extra"]["vae"].items()}
-    elif break_it == "names":
-        saved["facts"]["names"] = 3
     else:
-        del saved["facts"]["stage"]
+        saved["facts"]["names"] = 3
     torch.save(saved, tmp_path / "other.pt")
-    with pytest.raises(UserError, match="other.pt"):
-        textgen.load(tmp_path / "other.pt")
-
-
-def test_a_score_on_other_data_is_refused(trained, cli, tmp_path):
-    path = write_reviews(tmp_path / "r.csv")
-    flags = ["--score_n", 20, "--dataset", path]
-    status, printed = cli("textgen", "--load", trained[0] / "diffusion/last.pt", *flags)
-    assert status == 2
-    assert "r.csv" in printed
+    for path in (tmp_path / "other.pt", trained[0] / "vae/last.pt"):
+        with pytest.raises(UserError, match=path.name):
+            textgen.load(path)

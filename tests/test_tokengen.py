@@ -193,6 +193,7 @@ def test_stratified_numbers_fill_every_part_equally():
     assert (u.flatten().sort()[0] * 20).floor().tolist() == list(range(20))
 
 
+@pytest.mark.slow
 def test_training_lowers_the_bound_of_17_characters_from_log2_of_17(abc, cli, tmp_path):
     flags = ["--dataset", abc, "--out", tmp_path / "run", "--max_steps", 120, "--lr", 2e-2, "--muon_lr", 0.05]
     status, printed = cli("tokengen", *TINY, *flags, "--prompt", "the cat")
