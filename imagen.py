@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
 
 from common.images import load_images
 from common.pictures import picture, save_files, save_film, save_picture
@@ -33,18 +32,15 @@ from diffusion import SAMPLERS, SCHEDULES, Diffusion, ImageTransformer, UNet, dr
 
 @dataclass(frozen=True)
 class Config:
-    """Edit the defaults here, or override any of them on the command line: python imagen.py --lr 1e-3"""
-
-    # data
+    # Edit the defaults here, or override any of them on the command line: python imagen.py --lr 1e-3
     dataset: str = "fashionmnist"  # fashionmnist, mnist, cifar10, digits, or the path of a folder of images
     data_dir: str = "data"  # where torchvision keeps its data sets
     image_size: int | None = None  # side to which the images of a folder are scaled and cropped
-    # diffusion
+    # diffusion and denoiser
     T: int = 1000  # timesteps of the forward process
     schedule: Literal[tuple(SCHEDULES)] = "cosine"  # noise schedule; flow is rectified flow
     predict: Literal["v", "x0", "eps", "flow"] = "v"  # what the output of the denoiser means
     label_drop: float = 0.1  # share of the training labels that are dropped, for guidance
-    # denoiser
     denoiser: Literal["unet", "transformer"] = "unet"  # network
     channels: tuple[int, ...] = (32, 64, 128)  # unet: width of each level, from full resolution down
     blocks: tuple[int, ...] = (1, 1, 2)  # unet: residual blocks of each level
@@ -86,7 +82,7 @@ class Config:
         )
 
 
-def build(cfg, facts, device) -> tuple[Diffusion, nn.Module]:
+def build(cfg, facts, device):
     """The process and the denoiser that cfg describes, for images facts["shape"] (C, H, W)."""
     (channels, H, W), classes = facts["shape"], len(facts["names"])
     divisor = 2 ** (len(cfg.channels) - 1) if cfg.denoiser == "unet" else cfg.patch
@@ -107,18 +103,13 @@ def build(cfg, facts, device) -> tuple[Diffusion, nn.Module]:
     return process.to(device), model.to(device, memory_format=layout)
 
 
-def load(path, device=None, cfg: Config | None = None) -> tuple[Diffusion, nn.Module, dict]:
+def load(path, device=None, cfg=None):
     """Process, denoiser (the averaged weights) and facts of a checkpoint, ready to sample from.
-
-    facts: the shape (C, H, W) of the images and the names of their classes.
-    """
+    facts: the shape (C, H, W) of the images and the names of their classes."""
     return load_model(path, Config, build, device, cfg)
 
 
-# -- samples ---------------------------------------------------------------------------------------------
-
-
-def steps_of_sampling(cfg, process, model, shape: list[int], y: Tensor, generator):
+def steps_of_sampling(cfg, process, model, shape, y, generator):
     """Yield uint8 images (n, C, H, W) of the labels y (n,), -1 for any, after each step of sampling."""
     device = process.a_table.device
     how = dict(sampler=cfg.sampler, steps=cfg.steps, guidance=cfg.guidance, clip=1.0, generator=generator)
@@ -127,7 +118,7 @@ def steps_of_sampling(cfg, process, model, shape: list[int], y: Tensor, generato
             yield ((xt.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
-def draw(cfg, process, model, shape: list[int], y: Tensor):
+def draw(cfg, process, model, shape, y):
     """uint8 images (n, C, H, W) of the labels y (n,), -1 for any; cfg.seed decides the noise."""
     generator, parts = torch.Generator().manual_seed(cfg.seed), []
     for labels in y.split(cfg.batch_size):  # what fits in memory for training fits here
@@ -144,7 +135,7 @@ def chosen(cfg, facts):
     return [names.index(name) for name in cfg.classes or names] or [-1] * 10
 
 
-def draw_rows(cfg, process, model, facts) -> tuple[list[str], Tensor]:
+def draw_rows(cfg, process, model, facts):
     """A row for each chosen class: its name, and images (rows, cfg.samples, C, H, W)."""
     numbers = chosen(cfg, facts)
     y = torch.tensor(numbers).repeat(cfg.samples)  # with more samples, the first ones stay the same
@@ -159,7 +150,7 @@ def film(cfg, process, model, facts):
     return [picture([""], x[None]) for x in states]
 
 
-def score(cfg, process, model, images, folder: Path):
+def score(cfg, process, model, images, folder):
     """Log how cfg.score_n samples compare with the test images; the folder keeps the classifier."""
     net = load_classifier(images, folder / "classifier.pt", process.a_table.device)
     order = torch.randperm(len(images.y), generator=torch.Generator().manual_seed(cfg.seed))
@@ -168,9 +159,6 @@ def score(cfg, process, model, images, folder: Path):
     how = f"{cfg.sampler}, {cfg.steps} steps, guidance {cfg.guidance:g}, seed {cfg.seed}"
     log(f"score of n={len(y)} against {len(images.x_test)} test images ({how}):")
     log(f"  {score_images(samples, y, images, net)}")
-
-
-# -- the script ------------------------------------------------------------------------------------------
 
 
 def train(cfg, images, device):

@@ -12,7 +12,6 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from blocks import Layout, TokenTransformer, generate
 from common.run import (
@@ -29,26 +28,23 @@ from common.run import (
 from diffusion import Masked
 from tasks import sudoku
 from tasks.load import TASKS, load_problems
-from tasks.problems import Problem, decode, encode, majority
+from tasks.problems import decode, encode, majority
 
 SNAPSHOT_TEMPERATURE = 3.0  # at 1 a trained model makes no mistakes to learn from
 
 
 @dataclass(frozen=True)
 class Config:
-    """Edit the defaults here, or override any of them on the command line: python reason.py --lr 1e-3"""
-
-    # data
+    # Edit the defaults here, or override any of them on the command line: python reason.py --lr 1e-3
     dataset: str = "mult"  # mult, countdown, sudoku (made here), gsm8k (hub), or a file or folder of problems
     digits: tuple[int, int] = (3, 2)  # mult: of the two factors
     train_n: int = 50_000  # training problems, or as many as there are
     test: str | None = None  # a file of test problems, instead of those of the data set
-    # diffusion
+    # diffusion and denoiser
     passes: Literal["multi", "single"] = "multi"  # a thought at a time, or the whole chain at once
     masks: tuple[float, float] = (0.0, 1.0)  # least and largest share of masked tokens in training
     shift: float = 3.0  # times the odds of a mask: sampling begins with nothing but masks
     snapshot: float = 0.0  # multi: share of training chains with the model's own thoughts as context
-    # denoiser
     width: int = 128  # width of the transformer
     depth: int = 4  # number of blocks
     # optimisation
@@ -95,7 +91,7 @@ class Config:
         )
 
 
-def build(cfg, facts, device) -> tuple[Masked, TokenTransformer]:
+def build(cfg, facts, device):
     """The process and the denoiser of chains: a block for each thought, or a single one."""
     q, *thoughts = facts["widths"]
     torch.manual_seed(cfg.seed)
@@ -104,19 +100,14 @@ def build(cfg, facts, device) -> tuple[Masked, TokenTransformer]:
     return Masked(model.mask_id), model.to(device)
 
 
-def load(path, device=None, cfg: Config | None = None) -> tuple[Masked, TokenTransformer, dict]:
+def load(path, device=None, cfg=None):
     """Process, denoiser (the averaged weights) and facts of a checkpoint. To ask it for 123 x 54:
-
     _, model, facts = load("out/mult/last.pt")
-    answer(Config(), facts, model, ["321*45"])  # [["2940", "+05160", "####24660"]]
-    """
+    answer(Config(), facts, model, ["321*45"])  # [["2940", "+05160", "####24660"]]"""
     return load_model(path, Config, build, device, cfg)
 
 
-# -- answers ---------------------------------------------------------------------------------------------
-
-
-def ask(facts, questions: list[str]):
+def ask(facts, questions):
     """Ids (N, q + k) of questions, with masks where the answers belong."""
     q, *thoughts = facts["widths"]
     if facts["axes"]:
@@ -124,7 +115,7 @@ def ask(facts, questions: list[str]):
     return F.pad(encode(facts, questions, q), (0, sum(thoughts)), value=len(facts["alphabet"]) + 1)
 
 
-def think(cfg, model, ids: Tensor):
+def think(cfg, model, ids):
     """Yield ids (N, k) of the blocks before and after each step, from ids (N, q + k) with masks."""
     q, known = ids.split([model.layout.q, model.layout.k], dim=1)
     settings = dict(steps=cfg.steps, order=cfg.order, temperature=cfg.temperature)
@@ -135,7 +126,7 @@ def think(cfg, model, ids: Tensor):
             yield xt
 
 
-def answer(cfg, facts, model, questions: list[str]) -> list[list[str]]:
+def answer(cfg, facts, model, questions):
     """A chain for each question, 1,000 at a time: of cfg.votes the first with the most frequent answer."""
     ids, votes = ask(facts, questions).to(next(model.parameters()).device), []
     for i in range(cfg.votes):
@@ -147,16 +138,14 @@ def answer(cfg, facts, model, questions: list[str]) -> list[list[str]]:
     return [majority(chains) for chains in zip(*votes, strict=True)]
 
 
-def at_try(cfg, i: int) -> Config:
+def at_try(cfg, i):
     """The settings of try i: all but the first are drawn."""
     return replace(cfg, seed=cfg.seed + i, temperature=cfg.try_temperature if i else cfg.temperature)
 
 
-def score(cfg, facts, model, problems, n: int):
+def score(cfg, facts, model, problems, n):
     """Yield which of n test problems are right, and the mean evaluations for each, after each of cfg.tries.
-
-    An answer that the check refuses is tried again from the beginning.
-    """
+    An answer that the check refuses is tried again from the beginning."""
     questions = [question for question, _ in problems.test[:n]]
     masked = (ask(facts, questions)[:, model.layout.q :] == model.mask_id).split(model.layout.widths, dim=1)
     cost = cfg.votes * sum(block.sum(1).clamp(max=cfg.steps) for block in masked)  # (n,): of a try
@@ -184,7 +173,7 @@ def report(cfg, facts, model, problems):
                 log(f"  {kind} {sum(of_kind) / len(of_kind):.3f} of {len(of_kind)} are right")
 
 
-def show_answer(cfg, facts, model, question: str):
+def show_answer(cfg, facts, model, question):
     """Print how the chain of a question, or a puzzle, comes into focus in the first try that is right."""
     check = TASKS[facts["task"]].check if facts["task"] else None
     ids = ask(facts, [question]).to(next(model.parameters()).device)
@@ -199,19 +188,6 @@ def show_answer(cfg, facts, model, question: str):
     log("\n".join(rows))
     if not right:
         log(f"not right in --tries {cfg.tries}: try more")
-
-
-def read_prompt(facts, prompt: str):
-    """A prompt as a question of the problems that the model has learned."""
-    if facts["axes"]:
-        return sudoku.read(prompt)
-    question = prompt.strip() if " " in facts["alphabet"] else "".join(prompt.split())
-    if not question:
-        raise UserError("--prompt is empty: give a question as those of the data")
-    return question
-
-
-# -- training --------------------------------------------------------------------------------------------
 
 
 def train(cfg, problems, device):
@@ -241,7 +217,7 @@ def train(cfg, problems, device):
             report(cfg, facts, run.ema, problems)
 
 
-def columns(facts, problems: list[Problem]):
+def columns(facts, problems):
     """Ids (N, width) of the questions of problems, and of each thought; a chain that has ended is padded."""
     rows = [([] if facts["axes"] else [question]) + thoughts for question, thoughts in problems]
     ids = []
@@ -251,11 +227,9 @@ def columns(facts, problems: list[Problem]):
 
 
 @torch.no_grad()
-def snapshot(cfg, process, model, x0: Tensor, clean: Tensor, t: Tensor):
+def snapshot(cfg, process, model, x0, clean, t):
     """x0 (B, k), with the model's own guesses at masked thoughts in a share cfg.snapshot of the chains.
-
-    A later thought that sees these learns not to trust the earlier ones: DoT's scheduled sampling.
-    """
+    A later thought that sees these learns not to trust the earlier ones: DoT's scheduled sampling."""
     xt = process.q_sample(x0, t)
     p = (model(xt, t, clean).float() / SNAPSHOT_TEMPERATURE).softmax(-1)
     torch.clear_autocast_cache()  # its bf16 copies of the weights have no gradients
@@ -270,7 +244,11 @@ def main(cfg):
         if facts["task"] != (cfg.dataset if cfg.dataset in TASKS else ""):
             raise UserError(f"{cfg.load} was trained on other problems than {cfg.dataset}")
         if cfg.prompt is not None:
-            return show_answer(cfg, facts, model, read_prompt(facts, cfg.prompt))
+            spaced = cfg.prompt.strip() if " " in facts["alphabet"] else "".join(cfg.prompt.split())
+            question = sudoku.read(cfg.prompt) if facts["axes"] else spaced
+            if not question:
+                raise UserError("--prompt is empty: give a question as those of the data")
+            return show_answer(cfg, facts, model, question)
     problems = load_problems(cfg.dataset, cfg.train_n, cfg.digits, cfg.test)
     if cfg.tries > 1 and not problems.task:
         raise UserError(f"--tries needs rules that tell a right answer: {cfg.dataset} has only the answers")

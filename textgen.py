@@ -34,7 +34,6 @@ from common.run import (
     save_text,
 )
 from common.tables import load_from_hub, load_tables
-from common.texts import Row
 from diffusion import SAMPLERS, Diffusion, LatentTransformer, cosine, drop_condition, sample
 from tasks import grammar
 from vae import TextVAE, pretrained_backbones, small_backbones, untrained_backbones
@@ -51,9 +50,7 @@ BASE |= dict(diffusion_steps=100_000, diffusion_batch=256)
 
 @dataclass(frozen=True)
 class Config:
-    """Edit the defaults here, or override any of them on the command line: python textgen.py --lr 1e-4"""
-
-    # data
+    # Edit the defaults here, or override any of them on the command line: python textgen.py --lr 1e-4
     dataset: str = "tripadvisor"  # grammar (made here), tripadvisor or owner/name (hub), or a file or folder
     text_column: str | None = None  # column of the texts; by default guessed
     label_column: str | None = None  # column of the classes; by default guessed; "none" is none
@@ -75,7 +72,7 @@ class Config:
     p_max: float = 0.4  # each text is read with random tokens in it, at a rate drawn from 0..p_max
     vae_steps: int = 5000  # optimizer steps of the VAE
     vae_batch: int = 32  # texts per step of the VAE, over all processes
-    # diffusion
+    # diffusion and denoiser
     condition: str = "label"  # label, none, prefix (the piece before), or a column of texts; up to max_tokens
     shift: float = 4.0  # above 1: more of the steps at high noise
     self_condition: float = 0.9  # share of steps in which the denoiser sees its first guess
@@ -122,10 +119,7 @@ class Config:
         return self.condition not in ("label", "none")
 
 
-# -- the parts -------------------------------------------------------------------------------------------
-
-
-def build_vae(cfg, facts, device) -> TextVAE:
+def build_vae(cfg, facts, device):
     """The VAE that cfg describes; of pretrained parts that were read before, the facts know the shape."""
     torch.manual_seed(cfg.seed)
     tokenizer, L = texts.from_json(*facts["decoder"]), max(cfg.max_tokens, cfg.k * cfg.span)
@@ -171,7 +165,7 @@ class Writer:
         self.device = self.vae.fc_mean.weight.device
         self.encoder, self.decoder = (texts.from_json(*self.facts[side]) for side in ("encoder", "decoder"))
 
-    def write(self, x0: Tensor):
+    def write(self, x0):
         """The texts of standardised latents (N, k, d)."""
         written = []
         for z in (x0 * self.std + self.mean).split(64):
@@ -180,7 +174,7 @@ class Writer:
         return written
 
     @torch.no_grad()
-    def condition(self, given: list):
+    def condition(self, given):
         """The denoiser's y: labels (N,), or of texts (the encoder's states (N, L, D), mask (N, L))."""
         if not self.cfg.reads_text:
             return torch.tensor(given, device=self.device)
@@ -188,7 +182,7 @@ class Writer:
         parts = [self.vae.states(part.to(self.device)) for part in ids.split(256)]
         return torch.cat([h.half() for h, _ in parts]), torch.cat([mask for _, mask in parts])
 
-    def sample(self, given: list):
+    def sample(self, given):
         """A new text for each label (-1: none) or each text of the condition; cfg.seed decides the noise."""
         cfg, y, x0 = self.cfg, self.condition(given), []
         guided = cfg.reads_text or cfg.condition == "label" and self.facts["names"]
@@ -201,18 +195,18 @@ class Writer:
         return self.write(torch.cat(x0))
 
 
-def rows_of(y, index: Tensor):
+def rows_of(y, index):
     """The rows `index` of a condition."""
     return (y[0][index].float(), y[1][index]) if isinstance(y, tuple) else y[index]
 
 
 @torch.no_grad()
-def encode_all(vae, ids: Tensor):
+def encode_all(vae, ids):
     """Means (N, k, d) of the latents of ids (N, L), on the CPU."""
     return torch.cat([vae.encode(part.to(vae.fc_mean.weight.device))[0].cpu() for part in ids.split(256)])
 
 
-def load(path, device=None, cfg: Config | None = None) -> Writer:
+def load(path, device=None, cfg=None):
     """The writer in a checkpoint of the diffusion, with the averaged weights."""
     with open_checkpoint(path, Config) as saved:
         cfg, facts, extra = cfg or Config(**saved["config"]), saved["facts"], saved["extra"]
@@ -223,10 +217,7 @@ def load(path, device=None, cfg: Config | None = None) -> Writer:
     return writer
 
 
-# -- the two stages --------------------------------------------------------------------------------------
-
-
-def train_vae(cfg, facts, vae, train: tuple, test: tuple) -> TextVAE:
+def train_vae(cfg, facts, vae, train, test):
     """Train the VAE in its folder, or load it where it is finished; the averaged weights."""
     device, cfg = vae.fc_mean.weight.device, replace(cfg, out=f"{cfg.out}/vae")
     ids, target = (x.to(device) for x in train)
@@ -242,17 +233,15 @@ def train_vae(cfg, facts, vae, train: tuple, test: tuple) -> TextVAE:
 
 
 @torch.no_grad()
-def held_out_nats(vae, ids: Tensor, target: Tensor):
+def held_out_nats(vae, ids, target):
     """Nats per token of ids and target (N, L), also given the latents of other texts.
-
-    Where these are alike, the decoder ignores the latents (posterior collapse): lower beta or p_max.
-    """
+    Where these are alike, the decoder ignores the latents (posterior collapse): lower beta or p_max."""
     z = encode_all(vae, ids).to(vae.fc_mean.weight.device)
     own, others = (vae.cross_entropy(x, target.to(x.device)) for x in (z, z.roll(1, 0)))
     return f"held-out nats per token: {own:.3f}, given the latents of other texts {others:.3f}"
 
 
-def train_diffusion(cfg, facts, vae, train: list, test: list, ids: Tensor):
+def train_diffusion(cfg, facts, vae, train, test, ids):
     """Train the denoiser, or load it where it is finished, on the latents of ids (N, L), those of `train`."""
     weights = {name: w.cpu() for name, w in vae.state_dict().items()}
     facts = facts | dict(vae=[w.flatten()[0].item() for w in weights.values()])
@@ -277,12 +266,12 @@ def train_diffusion(cfg, facts, vae, train: list, test: list, ids: Tensor):
                 score(writer, train, test)
 
 
-def conditions(cfg, rows: list[Row]):
+def conditions(cfg, rows):
     """The texts, or the labels, that rows are conditioned on; -1 is none."""
     return [c if cfg.reads_text else y if cfg.condition == "label" else -1 for _, y, c in rows]
 
 
-def sample_lines(writer, rows: list[Row]):
+def sample_lines(writer, rows):
     """cfg.samples new texts for each class, or for the conditions of the first rows where these are texts."""
     cfg, names = writer.cfg, writer.facts["names"]
     shown = dict(enumerate(names)) if cfg.condition == "label" and names else {-1: ""}
@@ -292,7 +281,7 @@ def sample_lines(writer, rows: list[Row]):
     return [f"[{shown[c]}] {text}" for c, text in zip(given, writer.sample(given), strict=True)]
 
 
-def score(writer, train: list[Row], test: list[Row]):
+def score(writer, train, test):
     """Log how held-out texts come back from their latents, and what new texts are like."""
     cfg, n = writer.cfg, writer.cfg.score_n
     ids, target = tensors(cfg, writer.encoder, writer.decoder, shuffled(test, cfg.seed)[:n])
@@ -316,24 +305,24 @@ def score(writer, train: list[Row], test: list[Row]):
         log(line)
 
 
-def shuffled(rows: list, seed: int):
+def shuffled(rows, seed):
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     return [rows[i] for i in order.tolist()]
 
 
-def load_texts(cfg) -> texts.Texts:
+def load_texts(cfg):
     tables = dict(train=grammar.rows()) if is_builtin(cfg.dataset, ["grammar"]) else load_tables(cfg.dataset)
     column = cfg.condition if cfg.reads_text and cfg.condition != "prefix" else None
     return texts.read_texts(tables, cfg.dataset, cfg.text_column, cfg.label_column, column)
 
 
-def tensors(cfg, encoder, decoder, rows: list[Row]):
+def tensors(cfg, encoder, decoder, rows):
     """The encoder's ids and the decoder's targets of rows, (N, max_tokens) each."""
     x = [row[0] for row in rows]
     return texts.encode(encoder, x, cfg.max_tokens), texts.encode(decoder, x, cfg.max_tokens, end=True)
 
 
-def pieces(cfg, encoder, decoder, data: texts.Texts):
+def pieces(cfg, encoder, decoder, data):
     """The training and the held-out texts, cut to cfg.max_tokens; pieces of training texts overlap."""
     fits, prefix = texts.fits(encoder, decoder, cfg.max_tokens), cfg.condition == "prefix"
     train = texts.cut_rows(data.train, fits, overlap=not cfg.reads_text, prefix=prefix)

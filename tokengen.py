@@ -17,7 +17,6 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from blocks import Layout, TokenTransformer, bound, draw_masks, generate
 from common.run import (
@@ -43,17 +42,14 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 @dataclass(frozen=True)
 class Config:
-    """Edit the defaults here, or override any of them on the command line: python tokengen.py --lr 1e-3"""
-
-    # data
+    # Edit the defaults here, or override any of them on the command line: python tokengen.py --lr 1e-3
     dataset: str = "shakespeare"  # shakespeare (downloaded), manual (Python's own), or a text file
     data_dir: str = "data"  # where downloads are kept
     vocab: int = 0  # tokens of a BPE that is trained on the text; 0: its characters
     lines: bool = False  # each line is a text of its own: windows begin where a line does
-    # diffusion
+    # diffusion and denoiser
     window: int = 128  # tokens that the model sees at a time
     block: int = 16  # tokens of a block, which divides the window
-    # denoiser
     width: int = 128  # width of the transformer
     depth: int = 6  # number of blocks of the transformer
     # optimisation
@@ -91,9 +87,6 @@ class Config:
         )
 
 
-# -- text as ids -----------------------------------------------------------------------------------------
-
-
 def load_text(cfg):
     """The first nine tenths of a text, for training, and the held-out rest: nanoGPT's split."""
     path = Path(cfg.dataset).expanduser()
@@ -117,7 +110,7 @@ def load_text(cfg):
     return text[:n], text[n:]
 
 
-def facts_of(cfg, text: str, text_test: str):
+def facts_of(cfg, text, text_test):
     """What a checkpoint must know of its text: the characters, or the BPE."""
     tokenizer, whole = None, text + text_test
     if cfg.vocab:
@@ -131,7 +124,7 @@ def vocabulary(facts):
     return len(from_json(*facts["tokenizer"])) if facts["tokenizer"] else len(facts["alphabet"])
 
 
-def encode(facts, text: str):
+def encode(facts, text):
     """Ids (n,) of a text."""
     if facts["tokenizer"]:
         return torch.tensor(from_json(*facts["tokenizer"])(text)["input_ids"], dtype=torch.long)
@@ -141,7 +134,7 @@ def encode(facts, text: str):
     return torch.tensor(ids, dtype=torch.long)
 
 
-def decode(facts, ids: Tensor):
+def decode(facts, ids):
     """The text of ids (n,), with ░ or <mask>, the BPE's token 0, for each mask."""
     if facts["tokenizer"]:
         return from_json(*facts["tokenizer"]).decode(ids.where(ids < vocabulary(facts), 0).tolist())
@@ -157,7 +150,7 @@ def encode_prompt(cfg, facts):
     return ids
 
 
-def window_starts(cfg, facts, ids: Tensor, stride: int = 1):
+def window_starts(cfg, facts, ids, stride=1):
     """Positions (N,) in ids where windows begin: every `stride` tokens, or with cfg.lines where lines do."""
     starts = torch.arange(0, len(ids), stride, device=ids.device)
     if cfg.lines:
@@ -176,18 +169,16 @@ def build(cfg, facts, device):
     return Masked(model.mask_id), model.to(device)
 
 
-def load(path, device=None, cfg: Config | None = None):
+def load(path, device=None, cfg=None):
     """Process, denoiser (the averaged weights) and facts of a checkpoint, ready to write."""
     return load_model(path, Config, build, device, cfg)
 
 
 @torch.no_grad()
-def write(cfg, model, prompt: Tensor):
+def write(cfg, model, prompt):
     """Yield ids (n, L) after each step: texts that begin with prompts (n, p), shorter than a window.
-
     Each window after the first begins with the second half of the one before. With cfg.gap only the masks of
-    the prompt are filled.
-    """
+    the prompt are filled."""
     W, text, generator = model.layout.k, prompt, torch.Generator().manual_seed(cfg.seed)
     how = dict(steps=cfg.steps, order=cfg.order, temperature=cfg.temperature, generator=generator)
     length = prompt.shape[1] if cfg.gap else min(cfg.length, W if cfg.lines else cfg.length)
@@ -208,17 +199,14 @@ def write_samples(cfg, facts, model):
     return [f"[{i}]\n{decode(facts, ids)}\n" for i, ids in enumerate(samples, 1)]
 
 
-# -- training and score ----------------------------------------------------------------------------------
-
-
-def stratified(B: int, n: int, device):
+def stratified(B, n, device):
     """Uniform numbers (B, n) in [0, 1), one in each of B n equal parts: less variance. MDLM app. C."""
     order = torch.randperm(B * n, device=device)
     return ((order + torch.rand(B * n, device=device)) / (B * n)).clamp(max=1 - 1e-6).view(B, n)
 
 
 @torch.no_grad()
-def bits_of(cfg, facts, model, text: str, n: int, draws: int = 8):
+def bits_of(cfg, facts, model, text, n, draws=8):
     """Bits per character, at most, of at most n windows (N,) of a text; draws: masks of each."""
     device, generator = next(model.parameters()).device, torch.Generator().manual_seed(cfg.seed)
     ids, nats = encode(facts, text).to(device), []
@@ -232,13 +220,13 @@ def bits_of(cfg, facts, model, text: str, n: int, draws: int = 8):
     return torch.cat(nats) / (cfg.window * characters * math.log(2))
 
 
-def log_score(bits: Tensor):
+def log_score(bits):
     """Print the mean of bits (N,) and its standard error."""
     error = bits.std() / math.sqrt(len(bits))
     log(f"at most {bits.mean():.4f} +- {error:.4f} bits per character, n={len(bits)} held-out windows")
 
 
-def train(cfg, text: str, text_test: str, device):
+def train(cfg, text, text_test, device):
     facts = facts_of(cfg, text, text_test)
     ids = encode(facts, text).to(device)
     log(f"{cfg.dataset}: {len(ids)} training tokens of {vocabulary(facts)} kinds")

@@ -43,7 +43,7 @@ class Images:
         return dict(shape=list(self.x.shape[1:]), names=self.names, checksum=sha.hexdigest()[:12])
 
 
-def load_images(dataset: str, data_dir: str, size: int | None = None):
+def load_images(dataset, data_dir, size=None):
     """fashionmnist, mnist, cifar10 (torchvision), digits (in scikit-learn), or a folder; size: see `fit`."""
     if is_builtin(dataset, ("digits", *TORCHVISION)):
         images = digits() if dataset == "digits" else from_torchvision(TORCHVISION[dataset], data_dir)
@@ -65,7 +65,7 @@ def digits():
     return Images(*split(x, y), [str(c) for c in raw.target_names])
 
 
-def from_torchvision(name: str, data_dir: str):
+def from_torchvision(name, data_dir):
     import torchvision
 
     parts = []
@@ -82,14 +82,14 @@ def from_torchvision(name: str, data_dir: str):
     return Images(*parts, [c.split(" - ")[0] for c in data.classes])  # MNIST's are "0 - zero"
 
 
-def split(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def split(x, y):
     """Every fifth image of a seeded shuffle is held out, none of fewer than five."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     test = (torch.arange(len(x)) % 5 == 0) & (len(x) >= 5)
     return x[order[~test]], y[order[~test]], x[order[test]], y[order[test]]
 
 
-def from_folder(root: Path, size):
+def from_folder(root, size):
     """Images below root, whose folders are classes, or train and test with or without classes inside."""
     files = find_images(root)
     top = Path(os.path.commonpath([path.parent for path in files]))  # archives wrap a folder in folders
@@ -108,7 +108,7 @@ def from_folder(root: Path, size):
     return Images(*((x[~test], y[~test], x[test], y[test]) if has_test else split(x, y)), names)
 
 
-def find_images(root: Path, above=()):
+def find_images(root, above=()):
     """The images below root, in order; the log counts all other files. Links are followed, not in circles."""
     images, others, here = [], Counter(), root.resolve()
     for path in sorted(root.iterdir()) if here not in above else []:
@@ -128,7 +128,7 @@ def find_images(root: Path, above=()):
     return images
 
 
-def number_classes(files: list[Path], folders: list[tuple[str, ...]]) -> tuple[Tensor, list[str]]:
+def number_classes(files, folders):
     """Labels (N,) of the files, -1 where none is in a folder, and the classes' names: 2 comes before 10."""
     found = ["".join(parts[:1]) for parts in folders]
     labels = [unicodedata.normalize("NFC", name) for name in found]  # on a Mac é is two characters
@@ -142,7 +142,7 @@ def number_classes(files: list[Path], folders: list[tuple[str, ...]]) -> tuple[T
     return torch.tensor([names.index(label) if label else -1 for label in labels]), names
 
 
-def read_images(files: list[Path], size: int | None):
+def read_images(files, size):
     """The images (N, C, H, W), all in colour (C = 3) if one is."""
     x = []
     for path in files:
@@ -153,7 +153,7 @@ def read_images(files: list[Path], size: int | None):
     return torch.stack([image.expand(channels, -1, -1) for image in x])
 
 
-def read_image(path: Path, size: int | None):
+def read_image(path, size):
     """An upright image (1 or 3, H, W) uint8. What can be read in two ways is refused."""
     from PIL import Image, ImageOps
     from torchvision.transforms.v2.functional import pil_to_tensor
@@ -172,7 +172,7 @@ def read_image(path: Path, size: int | None):
     return fit(x, size) if size else x
 
 
-def fit(x: Tensor, size: int):
+def fit(x, size):
     """Images (..., H, W) scaled until the shorter side is `size`, then cropped to the centre square."""
     from torchvision.transforms.v2 import functional as tv
 

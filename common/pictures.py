@@ -1,18 +1,16 @@
 """Images on disk: grids with class labels, animations, single files."""
 
 import re
-from pathlib import Path
 
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 from torchvision.transforms.v2.functional import resize, to_pil_image
 from torchvision.utils import make_grid
 
 from common.run import write_atomic
 
 
-def picture(names: list[str], rows: Tensor) -> Image.Image:
+def picture(names, rows):
     """A grid of uint8 images (rows, n, C, H, W), small ones enlarged, with a name before each row."""
     names, rows = names[:20], rows[:20, :20]
     (H, W), zoom = rows.shape[-2:], max(1, 56 // rows.shape[-1])
@@ -28,18 +26,18 @@ def picture(names: list[str], rows: Tensor) -> Image.Image:
     return canvas
 
 
-def save_picture(image: Image.Image, path: Path, **settings):
+def save_picture(image, path, **settings):
     """Write the image; settings are those of Pillow's writer for the format."""
     write_atomic(path, lambda file: image.save(file, format=path.suffix[1:], **settings))
 
 
-def save_film(frames: list[Image.Image], path: Path):
+def save_film(frames, path):
     """Write frames as a GIF that repeats, the last one longer."""
     times = [150] * (len(frames) - 1) + [1500]  # milliseconds
     save_picture(frames[0], path, save_all=True, append_images=frames[1:], duration=times, loop=0)
 
 
-def save_files(names: list[str], rows: Tensor, folder: Path):
+def save_files(names, rows, folder):
     """Write each of the images (rows, n, C, H, W) as a file of its own: NAME_000.png, NAME_001.png, ..."""
     stems = [re.sub(r"[^\w-]+", "_", name)[:60] or "sample" for name in names]
     if len(set(map(str.casefold, stems))) < len(stems):  # two would be one file

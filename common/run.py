@@ -22,7 +22,7 @@ import torch.distributed as dist
 import tyro
 from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -45,25 +45,23 @@ class UserError(Exception):
     """A mistake the user can fix: what we got, what is wrong, what to do. Exit status 2, no traceback."""
 
 
-def log(text: str):
+def log(text):
     """Print in the main process."""
     if RANK == 0:
         with suppress(OSError):  # a training outlives its terminal
             print(text, flush=True)
 
 
-def save_text(lines: list[str], path: Path):
+def save_text(lines, path):
     """Print lines, and write them to a file."""
     text = "\n".join([*lines, ""])
     write_atomic(path, lambda file: file.write(text.encode()))
     log(f"\n{text}wrote {path}")
 
 
-def run_script(Config, main, doc: str):
+def run_script(Config, main, doc):
     """Read the command line and call main(cfg).
-
-    Flags override the recipe for the size or the data set, or with --load the settings of the checkpoint.
-    """
+    Flags override the recipe for the size or the data set, or with --load the settings of the checkpoint."""
     try:
         parse = partial(tyro.cli, Config, description=doc, use_underscores=True)
         first = parse()
@@ -91,7 +89,7 @@ def run_script(Config, main, doc: str):
             dist.destroy_process_group()
 
 
-def check_config(cfg, *rules: tuple[bool, str]):
+def check_config(cfg, *rules):
     """Raise UserError for a number that is too small, or a rule that does not hold."""
     for name, value in asdict(cfg).items():
         least = 1 if type(value) is int and name not in MAY_BE_0 else 0
@@ -102,7 +100,7 @@ def check_config(cfg, *rules: tuple[bool, str]):
             raise UserError(hint)
 
 
-def is_builtin(dataset: str, names):
+def is_builtin(dataset, names):
     """Whether a data set is one of the built-in names. UserError if it is also a path."""
     if dataset in names and Path(dataset).exists():
         raise UserError(f"--dataset {dataset} is built in, and a path here too: for the path ./{dataset}")
@@ -119,7 +117,7 @@ def resolve_out(cfg):
     return replace(cfg, out=out)
 
 
-def pick_device(device=None) -> torch.device:
+def pick_device(device=None):
     """The device asked for; by default cuda or mps where there is one, else cpu."""
     device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
     if device.type == "cuda" and WORLD > 1:
@@ -127,14 +125,14 @@ def pick_device(device=None) -> torch.device:
     return device
 
 
-def autocast(device, precision: str):
+def autocast(device, precision):
     """Matrix products in bfloat16 ("bf16"; "auto": where the hardware has it) or float32 ("fp32")."""
     hardware = torch.cpu._is_avx512_bf16_supported() if device.type == "cpu" else device.type == "cuda"
     wanted = precision == "bf16" or precision == "auto" and hardware
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
 
 
-def write_atomic(path: Path, write):
+def write_atomic(path, write):
     """Call write(file) on a temporary file and rename it: a reader sees the old file or the new one."""
     tmp = path.with_name(f".{path.name}.tmp")
     try:
@@ -153,9 +151,7 @@ def write_atomic(path: Path, write):
 @contextmanager
 def open_checkpoint(path, Config):
     """`with open_checkpoint(path, Config) as saved:` reads a checkpoint that this script wrote.
-
-    What goes wrong with its contents, also inside the `with`, becomes a UserError. No code in it can run.
-    """
+    What goes wrong with its contents, also inside the `with`, becomes a UserError. No code in it can run."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}: a run writes last.pt into its folder")
@@ -181,18 +177,18 @@ def load_model(path, Config, build, device=None, cfg=None):
     return process, model.eval(), saved["facts"]
 
 
-def same_settings(cfg, saved: dict, path, free):
+def same_settings(cfg, saved, path, free):
     for name, now in asdict(cfg).items():
         if name not in free and now != saved[name]:
             raise UserError(f"--{name} {now}, but {path} was trained with {saved[name]}")
 
 
 @lru_cache(maxsize=2)
-def permutation(n: int, seed: int, epoch: int):
+def permutation(n, seed, epoch):
     return torch.randperm(n, generator=torch.Generator().manual_seed(hash((seed, epoch)) % 2**63))
 
 
-def batch_indices(n: int, batch_size: int, seed: int, step: int):
+def batch_indices(n, batch_size, seed, step):
     """Indices (batch_size,) of step 1, 2, ...: permutations of 0..n-1, in turn, cut into batches."""
     start = (step - 1) * batch_size
     epochs = range(start // n, (start + batch_size - 1) // n + 1)
@@ -201,7 +197,6 @@ def batch_indices(n: int, batch_size: int, seed: int, step: int):
 
 class Run:
     """A training run and its folder, which is locked until the end of the `with`.
-
         with Run(cfg, model, facts, device) as run:
             for step, batch in run.steps(len(data)):
                 run.update(loss of run.model on data[batch])
@@ -209,8 +204,7 @@ class Run:
     run.model is the network to train, run.ema the averaged one to sample from. facts: what sampling needs to
     know about the data; extra: what else it needs. muon: matrices that Muon trains in place of AdamW; the
     rates then fall to 0 at the end. free: more settings that a resumed run may change. A finished run has no
-    steps left. Raises UserError for a folder in use, or with another run.
-    """
+    steps left. Raises UserError for a folder in use, or with another run."""
 
     def __init__(
         self, cfg, model, facts, device, *, muon=(), extra=None, free=(), max_steps=None, batch_size=None
@@ -259,11 +253,9 @@ class Run:
         self._restore_handlers()
         self.lock.release()
 
-    def steps(self, n: int):
+    def steps(self, n):
         """Yield (step, indices of this process's share of the batch) for n samples; save on the way.
-
-        SIGINT and SIGTERM let the step finish, save and exit; a second one acts at once.
-        """
+        SIGINT and SIGTERM let the step finish, save and exit; a second one acts at once."""
         share = self.batch_size // WORLD
         with suppress(ValueError):  # not the main thread: then signals are not ours
             self.handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
@@ -288,7 +280,7 @@ class Run:
         if RANK == 0:
             self._draw_curve()
 
-    def _on_signal(self, number: int, _):
+    def _on_signal(self, number, _):
         self.signal = number
         if WORLD == 1:  # torchrun repeats a signal to its processes
             self._restore_handlers()
@@ -297,11 +289,11 @@ class Run:
         while self.handlers:
             signal.signal(*self.handlers.popitem())
 
-    def due(self, every: int):
+    def due(self, every):
         """Whether the main process samples or scores after this step."""
         return RANK == 0 and self.step % every == 0 and not self.signal
 
-    def update(self, loss: Tensor):
+    def update(self, loss):
         """One step of the optimizers on a scalar loss, then of the EMA."""
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), CLIP)
@@ -321,7 +313,7 @@ class Run:
         if self.step % LOG_EVERY == 0 or self.step == self.max_steps:
             self._log(rate * self.cfg.lr)
 
-    def _log(self, lr: float):
+    def _log(self, lr):
         loss, self.losses = torch.stack(self.losses).mean(), []
         if WORLD > 1:
             dist.all_reduce(loss)
@@ -338,9 +330,7 @@ class Run:
     def save(self):
         """Write last.pt. UserError for a weight that is not finite."""
         if not all(p.isfinite().all() for p in self.net.parameters()):
-            raise UserError(
-                f"step {self.step} has weights that are not finite; {self.out} keeps the last good"
-            )
+            raise UserError(f"weights of step {self.step} are not finite; {self.out} has good ones")
         state = dict(script=self.cfg.script, config=asdict(self.cfg), facts=self.facts, extra=self.extra)
         state |= dict(model=self.net.state_dict(), ema=self.ema.state_dict())
         state |= dict(opts=[opt.state_dict()["state"] for opt in self.opts])
@@ -348,7 +338,7 @@ class Run:
         if RANK == 0:
             write_atomic(self.out / "last.pt", lambda file: torch.save(state, file))
 
-    def _load(self, path: Path, free):
+    def _load(self, path, free):
         with open_checkpoint(path, type(self.cfg)) as old:
             same_settings(self.cfg, old["config"], path, free)
             if old["facts"] != self.facts:
