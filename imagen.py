@@ -23,7 +23,6 @@ from common.run import (
     load_model,
     log,
     pick_device,
-    resolve_out,
     run_script,
 )
 from common.scores import load_classifier, scale, score_images
@@ -157,8 +156,8 @@ def score(cfg, process, model, images, folder):
     y = images.y[order[: cfg.score_n]]
     samples = draw(cfg, process, model, images.x.shape[1:], y)
     how = f"{cfg.sampler}, {cfg.steps} steps, guidance {cfg.guidance:g}, seed {cfg.seed}"
-    log(f"score of n={len(y)} against {len(images.x_test)} test images ({how}):")
-    log(f"  {score_images(samples, y, images, net)}")
+    against = f"n={len(y)} against {len(images.x_test)} test images"
+    log(f"score of {against} ({how}):\n  {score_images(samples, y, images, net)}")
 
 
 def train(cfg, images, device):
@@ -189,7 +188,7 @@ def main(cfg):
         what = f"{len(images.x)} training and {len(images.x_test)} test images {tuple(images.x.shape[1:])}"
         log(f"{cfg.dataset}: {what}, classes {', '.join(images.names[:20]) or 'none'}")
     if not cfg.load:
-        return train(resolve_out(cfg), images, pick_device())
+        return train(cfg, images, pick_device())
     process, model, facts = load(cfg.load, cfg=cfg)
     tag = f"{cfg.sampler}_{cfg.steps}_guidance{cfg.guidance:g}_seed{cfg.seed}"
     folder = Path(cfg.load).expanduser().parent

@@ -22,7 +22,6 @@ from common.run import (
     load_model,
     log,
     pick_device,
-    resolve_out,
     run_script,
 )
 from diffusion import Masked
@@ -255,7 +254,7 @@ def main(cfg):
     sizes = f"{len(problems.train)} training and {len(problems.test)} test problems"
     log(f"{cfg.dataset}: {sizes}, such as {problems.train[0]}")
     if not cfg.load:
-        return train(resolve_out(cfg), problems, pick_device())
+        return train(cfg, problems, pick_device())
     if problems.facts != facts:
         raise UserError(f"{cfg.load} was trained on other problems than {cfg.dataset}")
     show_answer(cfg, facts, model, problems.test[0][0])

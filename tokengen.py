@@ -28,7 +28,6 @@ from common.run import (
     load_model,
     log,
     pick_device,
-    resolve_out,
     run_script,
     save_text,
 )
@@ -254,7 +253,7 @@ def train(cfg, text, text_test, device):
 
 def main(cfg):
     if not cfg.load:
-        return train(resolve_out(cfg), *load_text(cfg), pick_device())
+        return train(cfg, *load_text(cfg), pick_device())
     _, model, facts = load(cfg.load, cfg=cfg)
     folder = Path(cfg.load).expanduser().parent
     save_text(write_samples(cfg, facts, model), folder / f"samples/seed{cfg.seed}.txt")

@@ -209,8 +209,8 @@ class Run:
     def __init__(
         self, cfg, model, facts, device, *, muon=(), extra=None, free=(), max_steps=None, batch_size=None
     ):
-        self.cfg, self.facts, self.extra = cfg, facts, extra or {}
-        self.device, self.out = device, Path(cfg.out)
+        self.cfg, self.facts, self.extra = resolve_out(cfg), facts, extra or {}
+        self.device, self.out = device, Path(self.cfg.out)
         self.max_steps, self.batch_size = max_steps or cfg.max_steps, batch_size or cfg.batch_size
         if self.batch_size % WORLD:
             raise UserError(f"a batch of {self.batch_size} cannot be shared by {WORLD} processes")
@@ -333,7 +333,7 @@ class Run:
             raise UserError(f"weights of step {self.step} are not finite; {self.out} has good ones")
         state = dict(script=self.cfg.script, config=asdict(self.cfg), facts=self.facts, extra=self.extra)
         state |= dict(model=self.net.state_dict(), ema=self.ema.state_dict())
-        state |= dict(opts=[opt.state_dict()["state"] for opt in self.opts])
+        state["opts"] = [opt.state_dict()["state"] for opt in self.opts]
         state |= {name: getattr(self, name) for name in PROGRESS}
         if RANK == 0:
             write_atomic(self.out / "last.pt", lambda file: torch.save(state, file))
@@ -347,8 +347,7 @@ class Run:
             self.ema.load_state_dict(old["ema"])
             for opt, state in zip(self.opts, old["opts"], strict=True):
                 opt.load_state_dict(opt.state_dict() | dict(state=state))
-            for name in PROGRESS:
-                setattr(self, name, old[name])
+            vars(self).update({name: old[name] for name in PROGRESS})
             self.losses = [loss.to(self.device) for loss in self.losses]
         log(f"loaded {path}, step {self.step} of {self.max_steps}")
 
