@@ -190,6 +190,7 @@ def test_a_stage_interrupted_and_resumed_ends_with_the_same_bits(stage, uninterr
     assert same_weights(uninterrupted, tmp_path)
 
 
+@pytest.mark.slow
 def test_finished_stages_are_loaded_and_their_settings_and_folders_kept(trained, cli, monkeypatch):
     monkeypatch.setattr(textgen.Run, "update", lambda *_: pytest.fail("trained again"))
     flags = [*GRAMMAR, *steps(40, 40), "--out", trained[0]]
@@ -201,6 +202,7 @@ def test_finished_stages_are_loaded_and_their_settings_and_folders_kept(trained,
     assert status == 2 and str(trained[0] / "diffusion") in printed
 
 
+@pytest.mark.slow
 def test_one_vae_serves_several_diffusions_and_a_diffusion_one_vae(trained, cli, tmp_path):
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae/last.pt").write_bytes((trained[0] / "vae/last.pt").read_bytes())
