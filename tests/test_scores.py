@@ -51,9 +51,9 @@ def figures(line):
 def test_the_classifier_is_seeded_kept_and_ranks_real_above_noise(tmp_path):
     images = load_images("digits", "")
     before = torch.random.get_rng_state()
-    net = load_classifier(images, tmp_path / "a.pt", CPU, steps=100)
+    net = load_classifier(images, tmp_path / "a.pt", CPU, steps=200)
     assert torch.equal(before, torch.random.get_rng_state())
-    again, other = (load_classifier(images, tmp_path / f"{name}.pt", CPU, steps=100) for name in "ab")
+    again, other = (load_classifier(images, tmp_path / f"{name}.pt", CPU, steps=200) for name in "ab")
     for copy in (again, other):
         assert all(map(torch.equal, net.state_dict().values(), copy.state_dict().values()))
     x, y = images.x[:300], images.y[:300]
