@@ -1,6 +1,6 @@
 """Diffusion of images: train a denoiser, draw samples, score them.
 
-    python imagen.py --dataset digits                           two minutes on a CPU, no download
+    python imagen.py --dataset digits                           some minutes on a CPU, no download
     python imagen.py                                            FashionMNIST
     python imagen.py --load out/digits/last.pt --samples 20     more samples of a finished run
 
