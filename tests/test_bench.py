@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bench import images, reason, runs, text
+from bench import images, reason, runs, text, timing
 from bench.gpt import LabelGPT, WindowGPT, mean_nats
 from blocks import Layout, bound, generate
 from common.images import load_images
@@ -72,6 +72,14 @@ def test_a_side_learns_and_samples(name):
     assert torch.equal(x, again)
 
 
+def test_sides_take_turns_after_a_round_that_warms_up():
+    calls = []
+    sides = {"a": lambda r: calls.append(f"a{r}"), "b": lambda r: calls.append(f"b{r}")}
+    took = timing.interleaved(sides, 2, CPU)
+    assert calls == ["a0", "b0", "a1", "b1", "a2", "b2"]
+    assert [len(seconds) for seconds in took.values()] == [2, 2]
+
+
 @pytest.fixture
 def train(monkeypatch, tmp_path):
     """train(limit, scores) trains a line for so many seconds, of which each step takes one: its TimedRun."""
@@ -113,6 +121,20 @@ def test_a_run_stops_early_where_the_score_rises(train):
 # -- GPTs ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+def test_a_gpt_learns_a_text_for_each_label_and_one_for_none():
+    torch.manual_seed(0)
+    y, target = torch.tensor([-1, 0, 1]), torch.randint(2, 50, (3, 10))
+    target[:, -1] = 1
+    model = LabelGPT(small_gpt(50, 32, 2, 12), 2, 1)
+    opt = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        model(y, target).backward()
+        opt.step()
+        opt.zero_grad()
+    assert torch.equal(model.eval().write(y, 10), target)
+
+
 def test_mean_nats_count_every_token_alike():
     torch.manual_seed(0)
     model, y = LabelGPT(small_gpt(40, 16, 1, 12), 0, 1), torch.full((70,), -1)
@@ -144,6 +166,8 @@ def test_planners_way_is_the_same_loss_of_the_same_parameters():
     torch.manual_seed(1)
     theirs = text.planner_loss(vae, ids, ids)
     torch.testing.assert_close(ours, theirs)
+    theirs.backward()
+    assert all(p.grad is not None for p in vae.parameters())
 
 
 @pytest.mark.parametrize("fixed", [True, False])
