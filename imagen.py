@@ -74,7 +74,6 @@ class Config:
         check_config(
             self,
             (self.steps <= self.T, f"--steps must be at most --T {self.T}, got {self.steps}"),
-            (self.label_drop <= 1, "--label_drop is a share, from 0 to 1"),
             (levels, "--channels takes multiples of 8, one for each of --blocks"),
             (self.width % 16 == 0, "--width must be divisible by 16"),
             (self.label_drop or not self.guidance, "--guidance needs training with --label_drop above 0"),

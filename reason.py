@@ -29,8 +29,6 @@ from tasks import sudoku
 from tasks.load import TASKS, load_problems
 from tasks.problems import decode, encode, majority
 
-SNAPSHOT_TEMPERATURE = 3.0  # at 1 a trained model makes no mistakes to learn from
-
 
 @dataclass(frozen=True)
 class Config:
@@ -84,7 +82,6 @@ class Config:
             (1 <= min(self.digits) <= max(self.digits) <= 8, "--digits must be from 1 to 8"),
             (0 <= low < high <= 1, "--masks must be two shares, the smaller first"),
             (self.width % 16 == 0, "--width must be divisible by 16"),
-            (self.snapshot <= 1, "--snapshot is a share, from 0 to 1"),
             (not self.snapshot or self.passes == "multi", "--snapshot needs --passes multi"),
             (self.prompt is None or self.load, "--prompt needs a checkpoint: add --load out/NAME/last.pt"),
         )
@@ -219,10 +216,8 @@ def train(cfg, problems, device):
 def columns(facts, problems):
     """Ids (N, width) of the questions of problems, and of each thought; a chain that has ended is padded."""
     rows = [([] if facts["axes"] else [question]) + thoughts for question, thoughts in problems]
-    ids = []
-    for i, width in enumerate(filter(None, facts["widths"])):
-        ids.append(encode(facts, [row[i] if i < len(row) else "" for row in rows], width))
-    return ids
+    widths = enumerate(filter(None, facts["widths"]))
+    return [encode(facts, [row[i] if i < len(row) else "" for row in rows], width) for i, width in widths]
 
 
 @torch.no_grad()
@@ -230,7 +225,7 @@ def snapshot(cfg, process, model, x0, clean, t):
     """x0 (B, k), with the model's own guesses at masked thoughts in a share cfg.snapshot of the chains.
     A later thought that sees these learns not to trust the earlier ones: DoT's scheduled sampling."""
     xt = process.q_sample(x0, t)
-    p = (model(xt, t, clean).float() / SNAPSHOT_TEMPERATURE).softmax(-1)
+    p = (model(xt, t, clean).float() / 3).softmax(-1)  # at temperature 1 it makes too few mistakes
     torch.clear_autocast_cache()  # its bf16 copies of the weights have no gradients
     guess = torch.multinomial(p.nan_to_num(1.0).flatten(0, 1), 1).view_as(xt)  # NaN weights: the loss tells
     chosen = torch.rand(len(xt), 1, device=xt.device) < cfg.snapshot
@@ -251,8 +246,7 @@ def main(cfg):
     problems = load_problems(cfg.dataset, cfg.train_n, cfg.digits, cfg.test)
     if cfg.tries > 1 and not problems.task:
         raise UserError(f"--tries needs rules that tell a right answer: {cfg.dataset} has only the answers")
-    sizes = f"{len(problems.train)} training and {len(problems.test)} test problems"
-    log(f"{cfg.dataset}: {sizes}, such as {problems.train[0]}")
+    log(f"{cfg.dataset}: {len(problems.train)} + {len(problems.test)} problems, such as {problems.train[0]}")
     if not cfg.load:
         return train(cfg, problems, pick_device())
     if problems.facts != facts:

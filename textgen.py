@@ -6,10 +6,7 @@
     python textgen.py --load out/grammar/diffusion/last.pt  more samples of a finished run
 
 Both stages are PLANNER's, 2306.02531. The mathematics is in diffusion.py, the VAE in vae.py. From Python:
-
-    writer = textgen.load("out/grammar/diffusion/last.pt")
-    for text in writer.sample([4, 4, 0]):  # labels; or texts, where the condition is a text
-        print(text)
+textgen.load("out/grammar/diffusion/last.pt").sample([4, 4, 0]), of labels, or of texts as conditions.
 """
 
 from dataclasses import dataclass, replace

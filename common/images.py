@@ -134,9 +134,8 @@ def number_classes(files, folders):
     labels = [unicodedata.normalize("NFC", name) for name in found]  # on a Mac é is two characters
     if len(set(labels)) < len(set(found)):
         raise UserError(f"two folders beside {files[0].parent} have one name in two spellings: rename one")
-    names = sorted(
-        set(labels) - {""}, key=lambda name: (re.sub(r"\d+", lambda n: n[0].zfill(20), name), name)
-    )
+    padded = {name: re.sub(r"\d+", lambda n: n[0].zfill(20), name) for name in set(labels) - {""}}
+    names = sorted(padded, key=lambda name: (padded[name], name))
     if names and "" in labels:
         raise UserError(f"{files[labels.index('')]} is in no class folder, other images are: move it there")
     return torch.tensor([names.index(label) if label else -1 for label in labels]), names

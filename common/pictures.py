@@ -33,8 +33,8 @@ def save_picture(image, path, **settings):
 
 def save_film(frames, path):
     """Write frames as a GIF that repeats, the last one longer."""
-    times = [150] * (len(frames) - 1) + [1500]  # milliseconds
-    save_picture(frames[0], path, save_all=True, append_images=frames[1:], duration=times, loop=0)
+    settings = dict(duration=[150] * (len(frames) - 1) + [1500], loop=0)  # milliseconds; 0: for ever
+    save_picture(frames[0], path, save_all=True, append_images=frames[1:], **settings)
 
 
 def save_files(names, rows, folder):

@@ -38,7 +38,6 @@ FREE = frozenset(
     "resume load sampler order steps guidance temperature try_temperature tries votes prompt gap length "
     "samples classes score_n".split()
 )
-MAY_BE_0 = ("seed", "score_n", "vocab")
 
 
 class UserError(Exception):
@@ -92,7 +91,7 @@ def run_script(Config, main, doc):
 def check_config(cfg, *rules):
     """Raise UserError for a number that is too small, or a rule that does not hold."""
     for name, value in asdict(cfg).items():
-        least = 1 if type(value) is int and name not in MAY_BE_0 else 0
+        least = 1 if type(value) is int and name not in ("seed", "score_n", "vocab") else 0
         if type(value) in (int, float) and not least <= value <= 10**9:
             raise UserError(f"--{name} must be at least {least}, got {value}")
     for holds, hint in rules:

@@ -32,7 +32,7 @@ def branches(function) -> int:
 def test_the_code_is_small():
     sources = [path.read_text(encoding="utf-8") for path in CODE]
     assert {p.name for p in CODE} >= {"imagen.py", "textgen.py", "reason.py", "tokengen.py", "diffusion.py"}
-    assert sum(len(source.splitlines()) for source in sources) <= 3525
+    assert sum(len(source.splitlines()) for source in sources) <= 3500
     assert sum(map(tokens, sources)) <= 31_500
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1000
 
