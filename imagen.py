@@ -162,6 +162,7 @@ def score(cfg, process, model, images, folder):
 def train(cfg, images, device):
     facts = images.facts
     process, model = build(cfg, facts, device)
+    chosen(cfg, facts)  # an unknown class fails before training, not after
     x, y = images.x.to(device), images.y.to(device)
     with Run(cfg, model, facts, device) as run:
         for step, batch in run.steps(len(x)):
@@ -173,8 +174,7 @@ def train(cfg, images, device):
                 rows = draw_rows(cfg, process, run.ema, facts)
                 save_picture(picture(*rows), run.out / f"samples/{step:06}.png")
         if run.due(1):  # once, in the main process
-            names, rows = draw_rows(cfg, process, run.ema, facts)
-            save_picture(picture(names, rows), run.out / "samples/grid.png")
+            save_picture(picture(*draw_rows(cfg, process, run.ema, facts)), run.out / "samples/grid.png")
             save_film(film(cfg, process, run.ema, facts), run.out / "samples/film.gif")
             if cfg.score_n and len(images.names) > 1 and len(images.x_test) >= 10:
                 score(cfg, process, run.ema, images, run.out)

@@ -195,7 +195,7 @@ def test_fashionmnist_is_read_from_its_own_files(fake_fashionmnist, tmp_path, cl
         "--channels 8 --blocks 1 1", "--width 20", "--image_size 9", "--schedule flow --predict eps",
         "--schedule flow --steps 1000", "--dataset nowhere", "--dataset mnist --data_dir nowhere",
         "--load nowhere.pt", "--load {run} --channels 16 16", "--load {run} --resume", "--out {out}",
-        "--guidance 1 --label_drop 0", "--lr x", "--no_such_flag",
+        "--guidance 1 --label_drop 0", "--classes cat", "--lr x", "--no_such_flag",
     ],
 )  # fmt: skip
 def test_mistakes_exit_with_status_2(flags, cli, trained, tmp_path, monkeypatch):
