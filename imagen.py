@@ -15,18 +15,18 @@ import torch
 
 from common.images import load_images
 from common.pictures import picture, save_files, save_film, save_picture
-from common.run import (
-    Run,
-    UserError,
-    autocast,
-    check_config,
-    load_model,
-    log,
-    pick_device,
-    run_script,
-)
+from common.run import Run, UserError, autocast, check_config, load_model, log, pick_device, run_script
 from common.scores import load_classifier, scale, score_images
-from diffusion import SAMPLERS, SCHEDULES, Diffusion, ImageTransformer, UNet, drop_condition, trajectory
+from diffusion import (
+    SAMPLERS,
+    SCHEDULES,
+    Diffusion,
+    ImageTransformer,
+    UNet,
+    drop_condition,
+    sample,
+    trajectory,
+)
 
 
 @dataclass(frozen=True)
@@ -107,21 +107,23 @@ def load(path, device=None, cfg=None):
     return load_model(path, Config, build, device, cfg)
 
 
-def steps_of_sampling(cfg, process, model, shape, y, generator):
-    """Yield uint8 images (n, C, H, W) of the labels y (n,), -1 for any, after each step of sampling."""
-    device = process.a_table.device
-    how = dict(sampler=cfg.sampler, steps=cfg.steps, guidance=cfg.guidance, clip=1.0, generator=generator)
-    with autocast(device, cfg.precision):
-        for _, xt, _ in trajectory(process, model, (len(y), *shape), y.to(device), **how):
-            yield ((xt.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+def sampling(cfg):
+    """The settings of cfg as `sample` and `trajectory` take them."""
+    generator = torch.Generator().manual_seed(cfg.seed)
+    return dict(sampler=cfg.sampler, steps=cfg.steps, guidance=cfg.guidance, clip=1.0, generator=generator)
+
+
+def to_uint8(x):
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
 def draw(cfg, process, model, shape, y):
     """uint8 images (n, C, H, W) of the labels y (n,), -1 for any; cfg.seed decides the noise."""
-    generator, parts = torch.Generator().manual_seed(cfg.seed), []
+    device, parts, how = process.a_table.device, [], sampling(cfg)
     for labels in y.split(cfg.batch_size):  # what fits in memory for training fits here
-        *_, images = steps_of_sampling(cfg, process, model, shape, labels, generator)
-        parts.append(images)
+        with autocast(device, cfg.precision):
+            x0 = sample(process, model, (len(labels), *shape), labels.to(device), **how)
+        parts.append(to_uint8(x0))
     return torch.cat(parts)
 
 
@@ -143,9 +145,10 @@ def draw_rows(cfg, process, model, facts):
 
 def film(cfg, process, model, facts):
     """Pictures of one sample of each chosen class, at most ten, as they form from noise."""
-    y, generator = torch.tensor(chosen(cfg, facts)[:10]), torch.Generator().manual_seed(cfg.seed)
-    states = steps_of_sampling(cfg, process, model, facts["shape"], y, generator)
-    return [picture([""], x[None]) for x in states]
+    device, y = process.a_table.device, torch.tensor(chosen(cfg, facts)[:10])
+    with autocast(device, cfg.precision):
+        states = list(trajectory(process, model, (len(y), *facts["shape"]), y.to(device), **sampling(cfg)))
+    return [picture([""], to_uint8(xt)[None]) for _, xt, _ in states]
 
 
 def score(cfg, process, model, images, folder):

@@ -14,16 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from blocks import Layout, TokenTransformer, generate
-from common.run import (
-    Run,
-    UserError,
-    autocast,
-    check_config,
-    load_model,
-    log,
-    pick_device,
-    run_script,
-)
+from common.run import Run, UserError, autocast, check_config, load_model, log, pick_device, run_script
 from diffusion import Masked
 from tasks import sudoku
 from tasks.load import TASKS, load_problems

@@ -160,7 +160,7 @@ class Writer:
     def __post_init__(self):
         self.process, self.model = build_denoiser(self.cfg, self.facts, self.vae)
         self.device = self.vae.fc_mean.weight.device
-        self.encoder, self.decoder = (texts.from_json(*self.facts[side]) for side in ("encoder", "decoder"))
+        self.encoder, self.decoder = tokenizers(self.facts)
 
     def write(self, x0):
         """The texts of standardised latents (N, k, d)."""
@@ -307,6 +307,10 @@ def shuffled(rows, seed):
     return [rows[i] for i in order.tolist()]
 
 
+def tokenizers(facts):
+    return [texts.from_json(*facts[side]) for side in ("encoder", "decoder")]
+
+
 def load_texts(cfg):
     tables = dict(train=grammar.rows()) if is_builtin(cfg.dataset, ["grammar"]) else load_tables(cfg.dataset)
     column = cfg.condition if cfg.reads_text and cfg.condition != "prefix" else None
@@ -332,16 +336,21 @@ def pieces(cfg, encoder, decoder, data):
 
 def train(cfg):
     data, scratch = load_texts(cfg), cfg.encoder == cfg.decoder == "scratch"
-    if scratch:
-        encoder = decoder = texts.train_tokenizer([row[0] for row in data.train], cfg.vocab)
+    facts, path = dict(names=data.names, checksum=data.checksum()), Path(cfg.out, "vae/last.pt")
+    if path.exists():  # newer libraries may write tokenizers and configurations differently
+        with open_checkpoint(path, Config) as saved:
+            facts = saved["facts"] | facts
+    elif scratch:
+        tokenizer = texts.train_tokenizer([row[0] for row in data.train], cfg.vocab)
+        facts["encoder"] = facts["decoder"] = texts.to_json(tokenizer)
     else:
-        encoder, decoder = map(texts.pretrained_tokenizer, (cfg.encoder, cfg.decoder))
-    facts = dict(names=data.names, checksum=data.checksum())
-    facts |= dict(encoder=texts.to_json(encoder), decoder=texts.to_json(decoder))
+        facts["encoder"] = texts.to_json(texts.pretrained_tokenizer(cfg.encoder))
+        facts["decoder"] = texts.to_json(texts.pretrained_tokenizer(cfg.decoder))
+    encoder, decoder = tokenizers(facts)
     known, held_out = pieces(cfg, encoder, decoder, data)
     inputs, inputs_test = (tensors(cfg, encoder, decoder, rows) for rows in (known, held_out))
     vae = build_vae(cfg, facts, pick_device())
-    if not scratch:
+    if not scratch and "backbones" not in facts:
         facts["backbones"] = [p.config.to_json_string(use_diff=False) for p in (vae.encoder, vae.decoder)]
     vae = train_vae(cfg, facts, vae, inputs, inputs_test)
     facts |= dict(conditions=data.checksum(conditions=True))

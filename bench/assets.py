@@ -50,9 +50,9 @@ def evenly(states: list, n: int = FRAMES) -> list:
 def images(path: Path) -> list[torch.Tensor]:
     """xt (10, C, H, W) uint8 in every frame, an image of each class."""
     process, model, facts = imagen.load(path, "cpu")
-    cfg, y = imagen.Config(sampler="ddim", steps=FRAMES), torch.arange(10)
-    generator = torch.Generator().manual_seed(1)
-    return evenly(list(imagen.steps_of_sampling(cfg, process, model, facts["shape"], y, generator)))
+    how = imagen.sampling(imagen.Config(sampler="ddim", steps=FRAMES, seed=1))
+    states = trajectory(process, model, (10, *facts["shape"]), torch.arange(10), **how)
+    return evenly([imagen.to_uint8(xt) for _, xt, _ in states])
 
 
 def review(path: Path) -> list[str]:

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 import zipfile
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -194,7 +194,7 @@ def batch_indices(n, batch_size, seed, step):
     return torch.cat([permutation(n, seed, epoch) for epoch in epochs])[start - epochs[0] * n :][:batch_size]
 
 
-class Run:
+class Run(AbstractContextManager):
     """A training run and its folder, which is locked until the end of the `with`.
         with Run(cfg, model, facts, device) as run:
             for step, batch in run.steps(len(data)):
@@ -244,9 +244,6 @@ class Run:
                 raise UserError(f"{path} is unfinished: add --resume to continue it, or choose another --out")
         if WORLD > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_):
         self._restore_handlers()

@@ -321,12 +321,14 @@ def test_any_pretrained_parts_train_and_their_folders_are_needed_no_more(encoder
 
 
 @pytest.mark.slow
-def test_pretrained_parts_resume_to_the_same_bits(tmp_path, cli):
+def test_pretrained_parts_resume_to_the_same_bits_without_their_folders(tmp_path, cli):
     parts = save_pretrained(tmp_path, "bert"), save_pretrained(tmp_path, "gpt2")
     flags = [*GRAMMAR, "--encoder", parts[0], "--decoder", parts[1], "--out"]
     assert cli("textgen", *flags, tmp_path / "a", *steps(4, 1))[0] == 0
     assert cli("textgen", *flags, tmp_path / "b", *steps(2, 1))[0] == 0
     (tmp_path / "b/diffusion/last.pt").unlink()
+    for part in parts:  # another version of transformers might write them otherwise
+        part.rename(f"{part}-gone")
     assert cli("textgen", *flags, tmp_path / "b", *steps(4, 1), "--resume")[0] == 0
     assert same_weights(tmp_path / "a", tmp_path / "b")
 
