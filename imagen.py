@@ -15,7 +15,7 @@ import torch
 
 from common.images import load_images
 from common.pictures import picture, save_files, save_film, save_picture
-from common.run import Run, UserError, autocast, check_config, load_model, log, pick_device, run_script
+from common.run import Flags, Run, UserError, autocast, check_config, load_model, log, pick_device, run_script
 from common.scores import load_classifier, scale, score_images
 from diffusion import (
     SAMPLERS,
@@ -30,7 +30,7 @@ from diffusion import (
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Flags):
     # Edit the defaults here, or override any of them on the command line: python imagen.py --lr 1e-3
     dataset: str = "fashionmnist"  # fashionmnist, mnist, cifar10, digits, or the path of a folder of images
     data_dir: str = "data"  # where torchvision keeps its data sets
@@ -50,7 +50,6 @@ class Config:
     max_steps: int = 8000  # optimizer steps
     batch_size: int = 64  # images per step, over all processes
     lr: float = 2e-3  # AdamW's learning rate after warm-up
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto is bf16 where the hardware has it
     # sampling
     sampler: Literal[tuple(SAMPLERS)] = "dpm++"  # DPM-Solver++(2M), DDIM, DDPM or EDM's Heun
     steps: int = 10  # evaluations of the denoiser (twice as many with guidance)
@@ -59,12 +58,7 @@ class Config:
     samples: int = 10  # of each class
     score_n: int = 500  # samples of a score; 0 is no score
     # the run
-    out: str = "out/{dataset}"  # folder
-    seed: int = 0  # of weights, batches, noise and samples
     sample_every: int = 1000  # steps between pictures of samples
-    save_every: int = 250  # steps between checkpoints
-    resume: bool = False  # continue the run in the folder
-    load: str | None = None  # draw samples from this checkpoint, do not train
 
     script: ClassVar = "imagen"
     RECIPES: ClassVar = {"digits": dict(max_steps=1500), "mnist": dict(max_steps=2200)}

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from blocks import Layout, TokenTransformer, generate
-from common.run import Run, UserError, autocast, check_config, load_model, log, pick_device, run_script
+from common.run import Flags, Run, UserError, autocast, check_config, load_model, log, pick_device, run_script
 from diffusion import Masked
 from tasks import sudoku
 from tasks.load import TASKS, load_problems
@@ -22,7 +22,7 @@ from tasks.problems import decode, encode, majority
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Flags):
     # Edit the defaults here, or override any of them on the command line: python reason.py --lr 1e-3
     dataset: str = "mult"  # mult, countdown, sudoku (made here), gsm8k (hub), or a file or folder of problems
     digits: tuple[int, int] = (3, 2)  # mult: of the two factors
@@ -40,7 +40,6 @@ class Config:
     batch_size: int = 128  # problems per step, over all processes
     lr: float = 2e-3  # AdamW's learning rate after warm-up
     muon_lr: float = 0.02  # Muon's, which trains the matrices of the blocks
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto is bf16 where the hardware has it
     # sampling
     order: Literal["confident", "random"] = "confident"  # in which tokens are unmasked
     steps: int = 8  # evaluations of the denoiser for each thought, at most one for each token
@@ -51,12 +50,7 @@ class Config:
     prompt: str | None = None  # with --load: a question of your own
     score_n: int = 500  # test problems of a score
     # the run
-    out: str = "out/{dataset}"  # folder
-    seed: int = 0  # of weights, batches, masks and samples
     sample_every: int = 500  # steps between scores of 200 test problems
-    save_every: int = 500  # steps between checkpoints
-    resume: bool = False  # continue the run in the folder
-    load: str | None = None  # answer from this checkpoint, do not train
 
     script: ClassVar = "reason"
     RECIPES: ClassVar = {
@@ -218,7 +212,7 @@ def snapshot(cfg, process, model, x0, clean, t):
     xt = process.q_sample(x0, t)
     p = (model(xt, t, clean).float() / 3).softmax(-1)  # at temperature 1 it makes too few mistakes
     torch.clear_autocast_cache()  # its bf16 copies of the weights have no gradients
-    guess = torch.multinomial(p.nan_to_num(1.0).flatten(0, 1), 1).view_as(xt)  # NaN weights: the loss tells
+    guess = (p / torch.empty_like(p).exponential_()).argmax(-1)  # multinomial would wait for the device
     chosen = torch.rand(len(xt), 1, device=xt.device) < cfg.snapshot
     return torch.where(chosen & (xt == process.mask_id), guess, x0)
 

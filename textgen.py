@@ -18,6 +18,7 @@ from torch import Tensor
 
 from common import scores, texts
 from common.run import (
+    Flags,
     Run,
     UserError,
     autocast,
@@ -46,7 +47,7 @@ BASE |= dict(diffusion_steps=100_000, diffusion_batch=256)
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Flags):
     # Edit the defaults here, or override any of them on the command line: python textgen.py --lr 1e-4
     dataset: str = "tripadvisor"  # grammar (made here), tripadvisor or owner/name (hub), or a file or folder
     text_column: str | None = None  # column of the texts; by default guessed
@@ -79,7 +80,6 @@ class Config:
     diffusion_batch: int = 128  # texts per step of the diffusion, over all processes
     # optimisation
     lr: float = 1e-3  # AdamW's learning rate after warm-up
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto is bf16 where the hardware has it
     # sampling
     sampler: Literal[tuple(SAMPLERS)] = "dpm++"  # DPM-Solver++(2M), DDIM, DDPM or EDM's Heun
     steps: int = 20  # evaluations of the denoiser (twice as many with guidance)
@@ -88,12 +88,7 @@ class Config:
     samples: int = 4  # texts for each class, or for each condition
     score_n: int = 200  # texts of a score; 0 is no score
     # the run
-    out: str = "out/{dataset}"  # folder
-    seed: int = 0  # of weights, batches, noise and samples
     sample_every: int = 500  # steps between samples
-    save_every: int = 250  # steps between checkpoints
-    resume: bool = False  # continue the run in the folder
-    load: str | None = None  # draw samples from this checkpoint of the diffusion, do not train
 
     script: ClassVar = "textgen"
     RECIPES: ClassVar = dict(
@@ -341,11 +336,11 @@ def train(cfg):
         with open_checkpoint(path, Config) as saved:
             facts = saved["facts"] | facts
     elif scratch:
-        tokenizer = texts.train_tokenizer([row[0] for row in data.train], cfg.vocab)
-        facts["encoder"] = facts["decoder"] = texts.to_json(tokenizer)
+        facts["encoder"] = texts.train_tokenizer([row[0] for row in data.train], cfg.vocab)
+        facts["decoder"] = facts["encoder"]
     else:
-        facts["encoder"] = texts.to_json(texts.pretrained_tokenizer(cfg.encoder))
-        facts["decoder"] = texts.to_json(texts.pretrained_tokenizer(cfg.decoder))
+        facts["encoder"] = texts.pretrained_tokenizer(cfg.encoder)
+        facts["decoder"] = texts.pretrained_tokenizer(cfg.decoder)
     encoder, decoder = tokenizers(facts)
     known, held_out = pieces(cfg, encoder, decoder, data)
     inputs, inputs_test = (tensors(cfg, encoder, decoder, rows) for rows in (known, held_out))

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from blocks import Layout, TokenTransformer, bound, draw_masks, generate
 from common.run import (
+    Flags,
     Run,
     UserError,
     autocast,
@@ -32,7 +33,7 @@ from common.run import (
     save_text,
 )
 from common.tables import lines, read_text
-from common.texts import from_json, to_json, train_tokenizer
+from common.texts import from_json, train_tokenizer
 from diffusion import Masked
 
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -40,7 +41,7 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Flags):
     # Edit the defaults here, or override any of them on the command line: python tokengen.py --lr 1e-3
     dataset: str = "shakespeare"  # shakespeare (downloaded), manual (Python's own), or a text file
     data_dir: str = "data"  # where downloads are kept
@@ -56,7 +57,6 @@ class Config:
     batch_size: int = 32  # windows per step, over all processes
     lr: float = 2e-3  # AdamW's learning rate after warm-up
     muon_lr: float = 0.02  # Muon's, which trains the matrices of the transformer
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto is bf16 where the hardware has it
     # sampling
     order: Literal["confident", "random"] = "confident"  # in which tokens are unmasked
     steps: int = 16  # evaluations of the denoiser for each block
@@ -67,15 +67,9 @@ class Config:
     samples: int = 3  # texts to write
     score_n: int = 1000  # held-out windows of a score; 0 is no score
     # the run
-    out: str = "out/{dataset}"  # folder
-    seed: int = 0  # of weights, batches, masks and samples
     sample_every: int = 500  # steps between scores on 100 held-out windows
-    save_every: int = 250  # steps between checkpoints
-    resume: bool = False  # continue the run in the folder
-    load: str | None = None  # write from this checkpoint, do not train
 
     script: ClassVar = "tokengen"
-    RECIPES: ClassVar = {}
 
     def __post_init__(self):
         check_config(
@@ -113,7 +107,7 @@ def facts_of(cfg, text, text_test):
     """What a checkpoint must know of its text: the characters, or the BPE."""
     tokenizer, whole = None, text + text_test
     if cfg.vocab:
-        tokenizer = to_json(train_tokenizer(re.split("(?<=\n)", text), cfg.vocab, prefix_space=False))
+        tokenizer = train_tokenizer(re.split("(?<=\n)", text), cfg.vocab, prefix_space=False)
     checksum = hashlib.sha256(whole.encode()).hexdigest()[:12]
     return dict(alphabet="".join(sorted(set(whole))), tokenizer=tokenizer, checksum=checksum)
 
@@ -227,7 +221,7 @@ def log_score(bits):
 
 def train(cfg, text, text_test, device):
     facts = facts_of(cfg, text, text_test)
-    ids = encode(facts, text).to(device)
+    ids = encode(facts, text)
     log(f"{cfg.dataset}: {len(ids)} training tokens of {vocabulary(facts)} kinds")
     starts = window_starts(cfg, facts, ids)
     if cut := (starts.diff() > cfg.window).sum():
@@ -235,7 +229,7 @@ def train(cfg, text, text_test, device):
     # Fail before training, not after.
     window_starts(cfg, facts, encode(facts, text_test), cfg.window), encode_prompt(cfg, facts)
     process, model = build(cfg, facts, device)
-    layout, windows = model.layout, ids.unfold(0, cfg.window, 1)
+    layout, windows, starts = model.layout, ids.to(device).unfold(0, cfg.window, 1), starts.to(device)
     with Run(cfg, model, facts, device, muon=model.matrices()) as run:
         for _, batch in run.steps(len(starts)):
             x0 = windows[starts[batch]]

@@ -81,7 +81,6 @@ class WindowGPT(nn.Module):
     def __init__(self, V: int, window: int, D: int, depth: int):
         super().__init__()
         self.mask_id, self.layout = V, Layout([0] + [1] * window)
-        self.layout_block_ids = self.layout.block_ids
         size = dict(vocab_size=V + 1, max_position_embeddings=window + 1, num_attention_heads=4)
         size |= dict(hidden_size=D, intermediate_size=4 * D, num_hidden_layers=depth)
         # As in GPT-2 and ours: all of a head is rotated, and the MLP comes after the attention.

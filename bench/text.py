@@ -307,7 +307,7 @@ def small_parts(device) -> tuple[textgen.Config, dict, TextVAE, Rows]:
     cfg = textgen.Config(dataset="grammar")
     data = textgen.load_texts(cfg)
     tokenizer = texts.train_tokenizer([text for text, _, _ in data.train], cfg.vocab)
-    facts = dict(names=data.names, encoder=texts.to_json(tokenizer), decoder=texts.to_json(tokenizer))
+    facts = dict(names=data.names, encoder=tokenizer, decoder=tokenizer)
     return cfg, facts, textgen.build_vae(cfg, facts, device), data.train
 
 

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torchvision
+from PIL import Image, ImageOps
 from torch import Tensor
+from torchvision.transforms.v2 import functional as tv
 
 from common.run import UserError, is_builtin, log
 
@@ -66,8 +69,6 @@ def digits():
 
 
 def from_torchvision(name, data_dir):
-    import torchvision
-
     parts = []
     for train in (True, False):
         try:
@@ -154,9 +155,6 @@ def read_images(files, size):
 
 def read_image(path, size):
     """An upright image (1 or 3, H, W) uint8. What can be read in two ways is refused."""
-    from PIL import Image, ImageOps
-    from torchvision.transforms.v2.functional import pil_to_tensor
-
     try:  # From its path, Pillow would map an uncompressed TIFF into memory, and then turn it wrongly.
         with open(path, "rb") as file, Image.open(file) as raw:
             frames = raw.format != "MPO" and getattr(raw, "n_frames", 1)  # in a phone's photo: a preview
@@ -167,12 +165,10 @@ def read_image(path, size):
     if image.mode not in MODES or ";16" in packing or clear or frames > 1:  # Pillow cuts RGB;16 to 8 bits
         found = f"mode {image.mode}{', transparent' * clear}{', animated' * (frames > 1)}"
         raise UserError(f"{path} ({found}) must be one opaque image of 8 bits a channel: convert it")
-    x = pil_to_tensor(image.convert(MODES[image.mode]))
+    x = tv.pil_to_tensor(image.convert(MODES[image.mode]))
     return fit(x, size) if size else x
 
 
 def fit(x, size):
     """Images (..., H, W) scaled until the shorter side is `size`, then cropped to the centre square."""
-    from torchvision.transforms.v2 import functional as tv
-
     return tv.center_crop(tv.resize(x, [size], antialias=True), [size])

@@ -13,9 +13,10 @@ import sys
 import time
 import zipfile
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -34,9 +35,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PROGRESS = ("step", "seconds", "losses", "rows")  # attributes of a Run that its checkpoint keeps
 # Settings that a resumed run may change; all others must be those the checkpoint was trained with.
 FREE = frozenset(
-    "dataset out data_dir max_steps vae_steps diffusion_steps lr muon_lr precision sample_every save_every "
-    "resume load sampler order steps guidance temperature try_temperature tries votes prompt gap length "
-    "samples classes score_n".split()
+    "dataset out data_dir max_steps vae_steps diffusion_steps lr muon_lr precision compile sample_every "
+    "save_every resume load sampler order steps guidance temperature try_temperature tries votes prompt gap "
+    "length samples classes score_n".split()
 )
 
 
@@ -126,7 +127,9 @@ def pick_device(device=None):
 
 def autocast(device, precision):
     """Matrix products in bfloat16 ("bf16"; "auto": where the hardware has it) or float32 ("fp32")."""
-    hardware = torch.cpu._is_avx512_bf16_supported() if device.type == "cpu" else device.type == "cuda"
+    hardware = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cuda":  # older cards emulate it
+        hardware = torch.cuda.is_bf16_supported(including_emulation=False)
     wanted = precision == "bf16" or precision == "auto" and hardware
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
 
@@ -182,6 +185,21 @@ def same_settings(cfg, saved, path, free):
             raise UserError(f"--{name} {now}, but {path} was trained with {saved[name]}")
 
 
+@dataclass(frozen=True)
+class Flags:
+    """The flags that every script has."""
+
+    out: str = "out/{dataset}"  # folder
+    seed: int = 0  # of weights, batches, noise and samples
+    save_every: int = 250  # steps between checkpoints
+    resume: bool = False  # continue the run in the folder
+    load: str | None = None  # sample or answer from this checkpoint, do not train
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto is bf16 where the hardware has it
+    compile: Literal["auto", "on", "off"] = "auto"  # auto is on for long runs with CUDA
+
+    RECIPES: ClassVar = {}  # settings for a data set or a size
+
+
 @lru_cache(maxsize=2)
 def permutation(n, seed, epoch):
     return torch.randperm(n, generator=torch.Generator().manual_seed(hash((seed, epoch)) % 2**63))
@@ -216,7 +234,8 @@ class Run(AbstractContextManager):
         self.net, self.ema = model, copy.deepcopy(model).eval().requires_grad_(False)
         matrices = set(muon)
         others = [p for p in model.parameters() if p not in matrices]
-        self.opts = [torch.optim.AdamW(others, lr=cfg.lr, weight_decay=0.0, fused=device.type != "mps")]
+        fused = device.type in ("cpu", "cuda")
+        self.opts = [torch.optim.AdamW(others, lr=cfg.lr, weight_decay=0.0, fused=fused)]
         if muon:
             self.opts += [torch.optim.Muon(muon, lr=cfg.muon_lr, weight_decay=0.0)]
         self.step, self.seconds, self.losses, self.rows = 0, 0.0, [], []  # rows: of log.csv
@@ -227,7 +246,18 @@ class Run(AbstractContextManager):
         except BaseException:
             self.lock.release()
             raise
+        self._compile()
         self.model = DistributedDataParallel(model) if WORLD > 1 else model
+
+    def _compile(self):
+        """Compile the network; "auto" is on CUDA, where enough steps are left to pay for it."""
+        cuda, wanted = self.device.type == "cuda", self.cfg.compile
+        if wanted == "on" or wanted == "auto" and cuda and self.max_steps - self.step >= 5000:
+            try:
+                torch.compile(torch.sin)(torch.ones(1, device=self.device))
+            except Exception as error:  # of several types
+                raise UserError(f"no compiler works here, add --compile off: {error!r:.400}") from error
+            self.net.compile(mode="reduce-overhead" if cuda else "default")  # the former: CUDA graphs
 
     def _open(self, free):
         """Lock the folder, and load the checkpoint in it."""
@@ -245,9 +275,12 @@ class Run(AbstractContextManager):
         if WORLD > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, error, _):
         self._restore_handlers()
         self.lock.release()
+        if kind is torch.OutOfMemoryError:
+            hint = f"a batch of {self.batch_size} does not fit into its memory; half of it may"
+            raise UserError(f"{self.device}: {hint} ({error})") from error
 
     def steps(self, n):
         """Yield (step, indices of this process's share of the batch) for n samples; save on the way.
@@ -262,7 +295,10 @@ class Run(AbstractContextManager):
                 torch.manual_seed(hash((self.cfg.seed, self.step, RANK)) % 2**63)
                 batch = batch_indices(n, self.batch_size, self.cfg.seed, self.step)
                 self.start = time.perf_counter()
-                yield self.step, batch[RANK * share :][:share].to(self.device)
+                batch = batch[RANK * share :][:share]
+                # From pinned memory the copy does not wait for the device.
+                batch = batch.pin_memory() if self.device.type == "cuda" else batch
+                yield self.step, batch.to(self.device, non_blocking=True)
                 bar.update()
                 stop = torch.tensor(self.signal)  # the number of a signal that came to any process, or 0
                 if WORLD > 1:
@@ -305,15 +341,17 @@ class Run(AbstractContextManager):
         with torch.no_grad():
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 1 - decay)
         self.losses.append(loss.detach() + 0 * norm)  # not finite where the gradient is not
-        self.seconds += time.perf_counter() - self.start
         if self.step % LOG_EVERY == 0 or self.step == self.max_steps:
             self._log(rate * self.cfg.lr)
+        else:
+            self.seconds += time.perf_counter() - self.start
 
     def _log(self, lr):
         loss, self.losses = torch.stack(self.losses).mean(), []
         if WORLD > 1:
             dist.all_reduce(loss)
-        loss = loss.item() / WORLD
+        loss = loss.item() / WORLD  # waits for the device
+        self.seconds += time.perf_counter() - self.start
         if not math.isfinite(loss):
             raise UserError(f"the loss is not finite by step {self.step}; {self.out} keeps the last good one")
         log(f"step {self.step}/{self.max_steps}  loss {loss:.4f}  {self.seconds:.0f} s")

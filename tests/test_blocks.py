@@ -143,7 +143,7 @@ def test_rope_is_that_of_transformers():
 def test_with_rope_a_window_that_is_moved_as_a_whole_has_the_same_logits():
     model = random_model(rope=True)
     question, x0, xt = random_ids(model)
-    clean, ids, mask = clean_part(model, question, x0), model.layout_position_ids, model.layout_attention_mask
+    clean, ids, mask = clean_part(model, question, x0), model.layout.position_ids, model.layout.attention_mask
     with torch.no_grad():
         logits, moved, spread = (model.denoise(xt, clean, x, mask)[0] for x in (ids, ids + 50, 2 * ids))
     torch.testing.assert_close(moved, logits, rtol=1e-3, atol=1e-4)

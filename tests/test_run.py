@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,24 +17,29 @@ import torch
 from conftest import ROOT, TINY
 
 from common import run as runs
-from common.run import Run, UserError, batch_indices, is_builtin, open_checkpoint, resolve_out, write_atomic
+from common.run import (
+    Flags,
+    Run,
+    UserError,
+    batch_indices,
+    is_builtin,
+    open_checkpoint,
+    resolve_out,
+    write_atomic,
+)
 
 CPU = torch.device("cpu")
 X = torch.randn(32, 3, generator=torch.Generator().manual_seed(0))
 
 
 @dataclass(frozen=True)
-class Config:
-    out: str
+class Config(Flags):
     dataset: str = "toy"
-    seed: int = 0
     max_steps: int = 10
     batch_size: int = 4
     lr: float = 1e-2
     muon_lr: float = 0.0  # above 0, Muon trains the matrix
     save_every: int = 4
-    resume: bool = False
-    load: str | None = None
     width: int = 1
 
     script: ClassVar = "toy"
@@ -370,13 +375,40 @@ def test_a_gradient_that_is_not_finite_is_noticed(tmp_path):
 def test_a_recipe_sets_the_defaults_of_its_data_set_and_flags_override_it(flags, wanted, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["toy.py", "--out", "x", *flags.split()])
     seen = []
-
-    @dataclass(frozen=True)
-    class WithOut(Config):
-        out: str = field(default="x")
-
-    runs.run_script(WithOut, seen.append, "")
+    runs.run_script(Config, seen.append, "")
     assert (seen[0].dataset, seen[0].lr, seen[0].width) == wanted
+
+
+def test_memory_that_runs_out_is_one_message(tmp_path):
+    with pytest.raises(UserError, match="a batch of 4 does not fit"), begin(Config(str(tmp_path))) as run:
+        for _ in run.steps(len(X)):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_compile_without_a_compiler_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda _: 1 / 0)
+    with pytest.raises(UserError, match="--compile off"):
+        begin(Config(str(tmp_path), compile="on"))
+    begin(Config(str(tmp_path))).lock.release()  # auto is off on a CPU
+
+
+@pytest.mark.slow
+def test_a_compiled_run_has_the_same_losses_resumes_and_is_shared(tmp_path, cli):
+    def train(name, *flags):
+        status, printed = cli("imagen", *tiny, "--out", tmp_path / name, *flags)
+        assert status == 0, printed
+        with open(tmp_path / name / "log.csv") as file:
+            return [float(row["loss"]) for row in csv.DictReader(file)]
+
+    tiny = "--dataset digits --denoiser transformer --width 16 --depth 1 --score_n 0".split()
+    plain = train("plain", "--max_steps", 9)
+    assert train("on", "--max_steps", 5, "--compile", "on")
+    assert train("on", "--max_steps", 9, "--compile", "on", "--resume")[-2:] == pytest.approx(
+        plain[-2:], rel=1e-3
+    )
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "imagen.py", *tiny]
+    command += ["--max_steps", 4, "--compile", "on", "--out", "two"]
+    assert script(*command, cwd=tmp_path).wait() == 0
 
 
 def test_the_folder_of_a_run_has_the_name_of_its_data(tmp_path, monkeypatch):
@@ -389,10 +421,10 @@ def test_the_folder_of_a_run_has_the_name_of_its_data(tmp_path, monkeypatch):
     names = {"digits": "digits", "data.v1.2": "data.v1.2", "data.v1.3/": "data.v1.3", "loop": "loop"}
     names |= {"reviews.v2.csv": "reviews.v2", "~/pictures": "pictures", "owner/name": "name"}
     for dataset, name in names.items():
-        assert resolve_out(Config("out/{dataset}", dataset)).out == f"out/{name}"
-    assert resolve_out(Config("~/runs", "digits")).out == str(tmp_path / "home/runs")
+        assert resolve_out(Config(dataset=dataset)).out == f"out/{name}"
+    assert resolve_out(Config("~/runs", dataset="digits")).out == str(tmp_path / "home/runs")
     with pytest.raises(UserError, match="would become data"):
-        resolve_out(Config("data.v1.2/out", "data.v1.2"))
+        resolve_out(Config("data.v1.2/out", dataset="data.v1.2"))
 
 
 def test_a_path_with_the_name_of_a_built_in_data_set_is_refused(tmp_path, monkeypatch):

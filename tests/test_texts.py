@@ -276,7 +276,7 @@ def reviews():
 
 @pytest.fixture(scope="module")
 def tokenizer(reviews):
-    return texts.train_tokenizer(reviews, 400)
+    return texts.from_json(*texts.train_tokenizer(reviews, 400))
 
 
 def test_texts_come_back_from_their_tokens(tokenizer, reviews):
@@ -314,8 +314,7 @@ def test_pieces_of_any_script_fit_the_tokenizer_and_join_to_the_text(text, token
 
 @pytest.mark.parametrize("text", ["it was <eos> and nice", "a <mask> all day", "<|endoftext|> [SEP] <unk>"])
 def test_what_looks_like_a_control_token_is_text(text):
-    tokenizer = texts.train_tokenizer(["it was a nice day, and all of it", text], 400)
-    tokenizer = texts.from_json(*texts.to_json(tokenizer))
+    tokenizer = texts.from_json(*texts.train_tokenizer(["it was a nice day, and all of it", text], 400))
     ids = texts.encode(tokenizer, [text], 64, end=True)
     assert texts.decode(tokenizer, ids) == [text]
     assert texts.fits(tokenizer, tokenizer, (ids >= 0).sum() + 1)(text)
@@ -323,10 +322,9 @@ def test_what_looks_like_a_control_token_is_text(text):
 
 
 def test_a_tokenizer_comes_back_from_its_json(tokenizer, reviews):
-    saved = json.loads(json.dumps(texts.to_json(tokenizer)))
+    saved = json.loads(json.dumps(texts.train_tokenizer(reviews, 400)))
     texts.from_json.cache_clear()
     again = texts.from_json(*saved)
-    assert texts.to_json(again) == saved == texts.to_json(texts.train_tokenizer(reviews, 400))
     assert torch.equal(texts.encode(again, reviews, 80), texts.encode(tokenizer, reviews, 80))
 
 
@@ -340,7 +338,8 @@ def test_a_tokenizer_that_is_nowhere_is_refused(tmp_path):
 @pytest.mark.skipif(not TOKENIZERS.exists(), reason="no ../shared/tokenizers here")
 def test_berts_and_gpt2s_tokens_and_pieces_are_those_of_aca34c9():
     bert, gpt2 = (
-        texts.pretrained_tokenizer(str(TOKENIZERS / name)) for name in ("bert-base-uncased", "gpt2")
+        texts.from_json(*texts.pretrained_tokenizer(str(TOKENIZERS / name)))
+        for name in ("bert-base-uncased", "gpt2")
     )
     given = ["The room wasn't <|endoftext|> bad.", "[SEP] caf\u00e9 👍"]
     assert texts.encode(bert, given, 8).tolist() == [
