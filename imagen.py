@@ -3,11 +3,13 @@
     python imagen.py --dataset digits                           some minutes on a CPU, no download
     python imagen.py                                            FashionMNIST
     python imagen.py --load out/digits/last.pt --samples 20     more samples of a finished run
+    python imagen.py --distill out/digits/last.pt               learn to draw them in one evaluation
 
 From Python: process, model, facts = imagen.load("out/digits/last.pt"). The mathematics is in diffusion.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -17,16 +19,9 @@ from common.images import load_images
 from common.pictures import picture, save_files, save_film, save_picture
 from common.run import Flags, Run, UserError, autocast, check_config, load_model, log, pick_device, run_script
 from common.scores import load_classifier, scale, score_images
-from diffusion import (
-    SAMPLERS,
-    SCHEDULES,
-    Diffusion,
-    ImageTransformer,
-    UNet,
-    drop_condition,
-    sample,
-    trajectory,
-)
+from diffusion import SAMPLERS, SCHEDULES, Diffusion, ImageTransformer, UNet, drop_condition, trajectory
+
+T = 1000  # timesteps of the forward process
 
 
 @dataclass(frozen=True)
@@ -36,7 +31,6 @@ class Config(Flags):
     data_dir: str = "data"  # where torchvision keeps its data sets
     image_size: int | None = None  # side to which the images of a folder are scaled and cropped
     # diffusion and denoiser
-    T: int = 1000  # timesteps of the forward process
     schedule: Literal[tuple(SCHEDULES)] = "cosine"  # noise schedule; flow is rectified flow
     predict: Literal["v", "x0", "eps", "flow"] = "v"  # what the output of the denoiser means
     label_drop: float = 0.1  # share of the training labels that are dropped, for guidance
@@ -57,17 +51,21 @@ class Config(Flags):
     classes: tuple[str, ...] = ()  # names of the classes to draw; none given is all
     samples: int = 10  # of each class
     score_n: int = 500  # samples of a score; 0 is no score
+    # one step
+    distill: str | None = None  # train a student that draws this checkpoint's samples in one evaluation
+    pairs: int = 20_000  # of noise and sample, from which it learns
     # the run
     sample_every: int = 1000  # steps between pictures of samples
 
     script: ClassVar = "imagen"
     RECIPES: ClassVar = {"digits": dict(max_steps=1500), "mnist": dict(max_steps=2200)}
+    DISTILL: ClassVar = dict(out="out/{dataset}-distilled", resume=False)
 
     def __post_init__(self):
         levels = len(self.channels) == len(self.blocks) and not any(c % 8 for c in self.channels)
         check_config(
             self,
-            (self.steps <= self.T, f"--steps must be at most --T {self.T}, got {self.steps}"),
+            (self.steps <= T, f"--steps must be at most {T}"),
             (levels, "--channels takes multiples of 8, one for each of --blocks"),
             (self.width % 16 == 0, "--width must be divisible by 16"),
             (self.label_drop or not self.guidance, "--guidance needs training with --label_drop above 0"),
@@ -87,7 +85,7 @@ def build(cfg, facts, device):
     else:
         model = ImageTransformer(channels, cfg.width, cfg.depth, cfg.patch, classes)
     try:
-        process = Diffusion(*SCHEDULES[cfg.schedule](cfg.T), cfg.predict)
+        process = Diffusion(*SCHEDULES[cfg.schedule](T), cfg.predict)
         SAMPLERS[cfg.sampler][1](process, cfg.steps)  # fail before training where it has no such steps
     except ValueError as error:
         raise UserError(f"--schedule {cfg.schedule} --sampler {cfg.sampler}: {error}") from error
@@ -95,10 +93,7 @@ def build(cfg, facts, device):
     return process.to(device), model.to(device, memory_format=layout)
 
 
-def load(path, device=None, cfg=None):
-    """Process, denoiser (the averaged weights) and facts of a checkpoint, ready to sample from.
-    facts: the shape (C, H, W) of the images and the names of their classes."""
-    return load_model(path, Config, build, device, cfg)
+load = partial(load_model, Config, build)  # load(path): process, denoiser, facts (shape, names of classes)
 
 
 def sampling(cfg):
@@ -116,7 +111,7 @@ def draw(cfg, process, model, shape, y):
     device, parts, how = process.a_table.device, [], sampling(cfg)
     for labels in y.split(cfg.batch_size):  # what fits in memory for training fits here
         with autocast(device, cfg.precision):
-            x0 = sample(process, model, (len(labels), *shape), labels.to(device), **how)
+            *_, (_, x0, _) = trajectory(process, model, (len(labels), *shape), labels.to(device), **how)
         parts.append(to_uint8(x0))
     return torch.cat(parts)
 
@@ -156,17 +151,43 @@ def score(cfg, process, model, images, folder):
     log(f"score of {against} ({how}):\n  {score_images(samples, y, images, net)}")
 
 
+def ask_teacher(cfg, facts, device):
+    """The model and facts of a student, the step t of the noise, and cfg.pairs of noise and the teacher's
+    samples, (N, C, H, W) each, with their labels (N,)."""
+    process, model, known = load(cfg.distill, device, cfg)
+    if known != facts or cfg.sampler == "ddpm":
+        raise UserError(f"{cfg.distill} must know this data, be no student, and not sample by ddpm")
+    shape, how, pairs = facts["shape"], sampling(cfg), []
+    gib = 8 * cfg.pairs * torch.Size(shape).numel() / 2**30
+    log(f"{cfg.pairs} pairs take {gib:.3f} GiB")
+    if gib > 8:
+        raise UserError(f"--pairs {cfg.pairs}: more than 8 GiB may not fit in memory, ask for fewer")
+    y = torch.tensor(chosen(cfg, facts), device=device).repeat(cfg.pairs)[: cfg.pairs]
+    for labels in y.split(cfg.batch_size):
+        with autocast(device, cfg.precision):
+            states = list(trajectory(process, model, (len(labels), *shape), labels, **how))
+        pairs.append((states[0][1], states[-1][1]))
+    facts = facts | dict(teacher=[cfg.sampler, cfg.steps, cfg.guidance, cfg.pairs])
+    return model.train(), facts, states[0][0], *map(torch.cat, zip(*pairs, strict=True)), y
+
+
 def train(cfg, images, device):
     facts = images.facts
     process, model = build(cfg, facts, device)
     chosen(cfg, facts)  # an unknown class fails before training, not after
     x, y = images.x.to(device), images.y.to(device)
-    with Run(cfg, model, facts, device) as run:
+    if cfg.distill:
+        model, facts, t, noise, x, y = ask_teacher(cfg, facts, device)
+        cfg = replace(cfg, steps=1, guidance=0.0, label_drop=0.0)
+    with Run(cfg, model, facts, device, cooldown=0.2) as run:
         for step, batch in run.steps(len(x)):
-            x0, labels = scale(x[batch]), drop_condition(y[batch], cfg.label_drop)
             with autocast(device, cfg.precision):
-                loss = process.loss(run.model, x0, labels).mean()
-            run.update(loss)
+                if cfg.distill:
+                    loss = process.regression(run.model, noise[batch], t, x[batch], y[batch])
+                else:
+                    labels = drop_condition(y[batch], cfg.label_drop)
+                    loss = process.loss(run.model, scale(x[batch]), labels)
+            run.update(loss.mean())
             if run.due(cfg.sample_every):
                 rows = draw_rows(cfg, process, run.ema, facts)
                 save_picture(picture(*rows), run.out / f"samples/{step:06}.png")
@@ -195,7 +216,7 @@ def main(cfg):
     save_film(film(cfg, process, model, facts), folder / f"samples/{tag}.gif")
     log(f"wrote {folder}/samples: {tag}.png, {tag}.gif, and each sample")
     if cfg.score_n:
-        if images.facts != facts:
+        if facts | images.facts != facts:
             raise UserError(f"{cfg.load} was not trained on {cfg.dataset}: it may have seen its test images")
         score(cfg, process, model, images, folder)
 

@@ -8,6 +8,7 @@ Diffusion of Thought 2402.07754; the order of unmasking 2502.06768.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -81,11 +82,7 @@ def build(cfg, facts, device):
     return Masked(model.mask_id), model.to(device)
 
 
-def load(path, device=None, cfg=None):
-    """Process, denoiser (the averaged weights) and facts of a checkpoint. To ask it for 123 x 54:
-    _, model, facts = load("out/mult/last.pt")
-    answer(Config(), facts, model, ["321*45"])  # [["2940", "+05160", "####24660"]]"""
-    return load_model(path, Config, build, device, cfg)
+load = partial(load_model, Config, build)  # load(path): process, denoiser, facts; then see `answer`
 
 
 def ask(facts, questions):
@@ -177,7 +174,7 @@ def train(cfg, problems, device):
     layout, (low, high) = model.layout, cfg.masks
     ids, thoughts = torch.cat(columns(facts, problems.train), dim=1).to(device), len(facts["widths"]) - 1
     thought = torch.repeat_interleave(torch.tensor(facts["widths"][1:])).to(device)  # (k,): 0 0 0 1 1 ...
-    with Run(cfg, model, facts, device, muon=model.matrices()) as run:
+    with Run(cfg, model, facts, device, cooldown=0.2, muon=model.matrices()) as run:
         for _, batch in run.steps(len(ids)):
             q, x0 = ids[batch].split([layout.q, layout.k], dim=1)
             x0 = problems.symmetry(x0) if problems.symmetry else x0

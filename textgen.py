@@ -155,7 +155,7 @@ class Writer:
     def __post_init__(self):
         self.process, self.model = build_denoiser(self.cfg, self.facts, self.vae)
         self.device = self.vae.fc_mean.weight.device
-        self.encoder, self.decoder = tokenizers(self.facts)
+        self.encoder, self.decoder = (texts.from_json(*self.facts[side]) for side in ("encoder", "decoder"))
 
     def write(self, x0):
         """The texts of standardised latents (N, k, d)."""
@@ -213,8 +213,7 @@ def train_vae(cfg, facts, vae, train, test):
     """Train the VAE in its folder, or load it where it is finished; the averaged weights."""
     device, cfg = vae.fc_mean.weight.device, replace(cfg, out=f"{cfg.out}/vae")
     ids, target = (x.to(device) for x in train)
-    sizes = dict(max_steps=cfg.vae_steps, batch_size=cfg.vae_batch)
-    with Run(cfg, vae, facts, device, free=FREE_IN_VAE, **sizes) as run:
+    with Run(cfg, vae, facts, device, free=FREE_IN_VAE, sizes=(cfg.vae_steps, cfg.vae_batch)) as run:
         for _, batch in run.steps(len(ids)):
             with autocast(device, cfg.precision):
                 loss = run.model(ids[batch], target[batch])
@@ -241,9 +240,9 @@ def train_diffusion(cfg, facts, vae, train, test, ids):
     mean, std = z.mean(0), z.std(0).clamp(min=1e-3)
     writer = Writer(cfg, facts, vae, mean, std)
     z, y = ((z - mean) / std).to(writer.device), writer.condition(conditions(cfg, train))
-    sizes = dict(max_steps=cfg.diffusion_steps, batch_size=cfg.diffusion_batch)
+    sizes = cfg.diffusion_steps, cfg.diffusion_batch
     extra, cfg = dict(vae=weights, mean=mean, std=std), replace(cfg, out=f"{cfg.out}/diffusion")
-    with Run(cfg, writer.model, facts, writer.device, extra=extra, **sizes) as run:
+    with Run(cfg, writer.model, facts, writer.device, extra=extra, sizes=sizes) as run:
         writer.model = run.ema
         for step, batch in run.steps(len(z)):
             y_batch = drop_condition(rows_of(y, batch), LABEL_DROP)
@@ -302,10 +301,6 @@ def shuffled(rows, seed):
     return [rows[i] for i in order.tolist()]
 
 
-def tokenizers(facts):
-    return [texts.from_json(*facts[side]) for side in ("encoder", "decoder")]
-
-
 def load_texts(cfg):
     tables = dict(train=grammar.rows()) if is_builtin(cfg.dataset, ["grammar"]) else load_tables(cfg.dataset)
     column = cfg.condition if cfg.reads_text and cfg.condition != "prefix" else None
@@ -341,7 +336,7 @@ def train(cfg):
     else:
         facts["encoder"] = texts.pretrained_tokenizer(cfg.encoder)
         facts["decoder"] = texts.pretrained_tokenizer(cfg.decoder)
-    encoder, decoder = tokenizers(facts)
+    encoder, decoder = (texts.from_json(*facts[side]) for side in ("encoder", "decoder"))
     known, held_out = pieces(cfg, encoder, decoder, data)
     inputs, inputs_test = (tensors(cfg, encoder, decoder, rows) for rows in (known, held_out))
     vae = build_vae(cfg, facts, pick_device())

@@ -12,8 +12,9 @@ import hashlib
 import math
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +59,6 @@ class Config(Flags):
     lr: float = 2e-3  # AdamW's learning rate after warm-up
     muon_lr: float = 0.02  # Muon's, which trains the matrices of the transformer
     # sampling
-    order: Literal["confident", "random"] = "confident"  # in which tokens are unmasked
     steps: int = 16  # evaluations of the denoiser for each block
     temperature: float = 0.8  # of the tokens that are drawn; 0 takes the likeliest
     prompt: str = ""  # what a sample begins with
@@ -162,18 +162,15 @@ def build(cfg, facts, device):
     return Masked(model.mask_id), model.to(device)
 
 
-def load(path, device=None, cfg=None):
-    """Process, denoiser (the averaged weights) and facts of a checkpoint, ready to write."""
-    return load_model(path, Config, build, device, cfg)
+load = partial(load_model, Config, build)  # load(path): process, denoiser and facts
 
 
 @torch.no_grad()
 def write(cfg, model, prompt):
     """Yield ids (n, L) after each step: texts that begin with prompts (n, p), shorter than a window.
-    Each window after the first begins with the second half of the one before. With cfg.gap only the masks of
-    the prompt are filled."""
+    Each window begins with the second half of the one before. With cfg.gap only the prompt is filled."""
     W, text, generator = model.layout.k, prompt, torch.Generator().manual_seed(cfg.seed)
-    how = dict(steps=cfg.steps, order=cfg.order, temperature=cfg.temperature, generator=generator)
+    how = dict(steps=cfg.steps, temperature=cfg.temperature, generator=generator)
     length = prompt.shape[1] if cfg.gap else min(cfg.length, W if cfg.lines else cfg.length)
     for start in range(0, length, W - W // 2):
         xt = F.pad(text[:, start:], (0, start + W - text.shape[1]), value=model.mask_id)
@@ -230,7 +227,7 @@ def train(cfg, text, text_test, device):
     window_starts(cfg, facts, encode(facts, text_test), cfg.window), encode_prompt(cfg, facts)
     process, model = build(cfg, facts, device)
     layout, windows, starts = model.layout, ids.to(device).unfold(0, cfg.window, 1), starts.to(device)
-    with Run(cfg, model, facts, device, muon=model.matrices()) as run:
+    with Run(cfg, model, facts, device, cooldown=0.2, muon=model.matrices()) as run:
         for _, batch in run.steps(len(starts)):
             x0 = windows[starts[batch]]
             masked = draw_masks(layout, x0, stratified(len(x0), len(layout.widths), device))

@@ -271,7 +271,7 @@ def train_gpt(cfg: Config, run: reason.Config, problems: Problems, device) -> tu
         return share(right_of(partial(writer.chains, model=ema), problems, 200))
 
     ends = dict(limit=cfg.seconds, score=score, every=cfg.every)
-    with TimedRun(run, model, facts, device, muon=muon, **ends) as timed:
+    with TimedRun(run, model, facts, device, cooldown=0.2, muon=muon, **ends) as timed:
         for _, batch in timed.steps(len(q)):
             asked, wanted = q[batch], target[batch]
             if problems.symmetry:  # as ours: any symmetry of a grid, with any of its cells open

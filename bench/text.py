@@ -32,7 +32,7 @@ from diffusion import drop_condition
 from tasks import grammar
 from vae import TextVAE, kl, pretrained_backbones, small_backbones, small_gpt, substitute
 
-Rows = list[texts.Row]
+Rows = list[tuple[str, int, str]]
 
 
 @dataclass(frozen=True)
@@ -219,11 +219,11 @@ def train_gpt(run: Finished, name: str, device: torch.device) -> LabelGPT:
         y, y_test = torch.full_like(y, -1), torch.full_like(y_test, -1)
     target, target_test = (run.tensors(rows)[1] for rows in (run.train, run.test[:256]))
     y, target = y.to(device), target.to(device)
-    sizes = dict(max_steps=cfg.vae_steps + cfg.diffusion_steps, batch_size=cfg.vae_batch)
+    sizes = cfg.vae_steps + cfg.diffusion_steps, cfg.vae_batch
     log(f"{name}: a GPT-2 of {millions(model)} M parameters, for at most {run.seconds:.0f} s")
     held_out = partial(mean_nats, y=y_test, target=target_test)
     ends = dict(limit=run.seconds, score=held_out, every=min(250, cfg.sample_every), early_stop=True)
-    with TimedRun(cfg, model, dict(stage=name), device, **sizes, **ends) as timed:
+    with TimedRun(cfg, model, dict(stage=name), device, sizes=sizes, **ends) as timed:
         for _, batch in timed.steps(len(target)):
             with autocast(device, cfg.precision):
                 loss = timed.model(y[batch], target[batch])

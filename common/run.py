@@ -30,14 +30,14 @@ from tqdm import tqdm
 RANK, WORLD = 0, 1
 if dist.is_torchelastic_launched():  # else these two are left over from something else
     RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-WARMUP, COOLDOWN, CLIP, EMA, LOG_EVERY = 100, 0.2, 1.0, 0.999, 50
+WARMUP, CLIP, EMA, LOG_EVERY = 100, 1.0, 0.999, 50
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PROGRESS = ("step", "seconds", "losses", "rows")  # attributes of a Run that its checkpoint keeps
 # Settings that a resumed run may change; all others must be those the checkpoint was trained with.
 FREE = frozenset(
     "dataset out data_dir max_steps vae_steps diffusion_steps lr muon_lr precision compile sample_every "
     "save_every resume load sampler order steps guidance temperature try_temperature tries votes prompt gap "
-    "length samples classes score_n".split()
+    "length samples classes score_n distill pairs".split()
 )
 
 
@@ -60,17 +60,18 @@ def save_text(lines, path):
 
 
 def run_script(Config, main, doc):
-    """Read the command line and call main(cfg).
-    Flags override the recipe for the size or the data set, or with --load the settings of the checkpoint."""
+    """Call main(cfg): flags override the recipe for the size or data set, or the settings of a checkpoint."""
     try:
         parse = partial(tyro.cli, Config, description=doc, use_underscores=True)
         first = parse()
-        if first.load and first.resume:
-            raise UserError("--load samples from a checkpoint, --resume continues a training: choose one")
-        if first.load:
-            with open_checkpoint(first.load, Config) as saved:
-                cfg = parse(default=Config(**saved["config"] | dict(score_n=0, resume=False)))
-            same_settings(cfg, saved["config"], first.load, FREE | {"seed", "batch_size", "diffusion_batch"})
+        distill = getattr(first, "distill", None)
+        if first.load and (first.resume or distill):
+            raise UserError("--load samples from a checkpoint, --resume and --distill train: choose one")
+        if path := first.load or distill:
+            new = Config.DISTILL if distill else dict(score_n=0, resume=False)
+            with open_checkpoint(path, Config) as saved:
+                cfg = parse(default=Config(**saved["config"] | new))
+            same_settings(cfg, saved["config"], path, FREE | {"seed", "batch_size", "diffusion_batch"})
         else:
             recipe = Config.RECIPES.get(getattr(first, "size", None)) or Config.RECIPES.get(first.dataset, {})
             cfg = parse(default=Config(**recipe))
@@ -171,7 +172,7 @@ def open_checkpoint(path, Config):
         raise UserError(f"{path} is not a checkpoint that fits here: {error!r:.400}") from error
 
 
-def load_model(path, Config, build, device=None, cfg=None):
+def load_model(Config, build, path, device=None, cfg=None):
     """Process, model (what `build` makes of them, with the averaged weights) and facts of a checkpoint."""
     with open_checkpoint(path, Config) as saved:
         process, model = build(cfg or Config(**saved["config"]), saved["facts"], pick_device(device))
@@ -186,9 +187,7 @@ def same_settings(cfg, saved, path, free):
 
 
 @dataclass(frozen=True)
-class Flags:
-    """The flags that every script has."""
-
+class Flags:  # of every script
     out: str = "out/{dataset}"  # folder
     seed: int = 0  # of weights, batches, noise and samples
     save_every: int = 250  # steps between checkpoints
@@ -196,7 +195,6 @@ class Flags:
     load: str | None = None  # sample or answer from this checkpoint, do not train
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto is bf16 where the hardware has it
     compile: Literal["auto", "on", "off"] = "auto"  # auto is on for long runs with CUDA
-
     RECIPES: ClassVar = {}  # settings for a data set or a size
 
 
@@ -219,16 +217,15 @@ class Run(AbstractContextManager):
                 run.update(loss of run.model on data[batch])
 
     run.model is the network to train, run.ema the averaged one to sample from. facts: what sampling needs to
-    know about the data; extra: what else it needs. muon: matrices that Muon trains in place of AdamW; the
-    rates then fall to 0 at the end. free: more settings that a resumed run may change. A finished run has no
-    steps left. Raises UserError for a folder in use, or with another run."""
+    know about the data; extra: what else it needs. muon: matrices that Muon trains in place of AdamW.
+    cooldown: share of the steps in which the rates fall to 0. free: more settings that a resumed run may
+    change. sizes: (steps, batch) instead of cfg's. A finished run has no steps left. Raises UserError for a
+    folder in use, or with another run."""
 
-    def __init__(
-        self, cfg, model, facts, device, *, muon=(), extra=None, free=(), max_steps=None, batch_size=None
-    ):
-        self.cfg, self.facts, self.extra = resolve_out(cfg), facts, extra or {}
+    def __init__(self, cfg, model, facts, device, *, cooldown=0.0, muon=(), extra=None, free=(), sizes=None):
+        self.cfg, self.facts, self.extra, self.cooldown = resolve_out(cfg), facts, extra or {}, cooldown
         self.device, self.out = device, Path(self.cfg.out)
-        self.max_steps, self.batch_size = max_steps or cfg.max_steps, batch_size or cfg.batch_size
+        self.max_steps, self.batch_size = sizes or (cfg.max_steps, cfg.batch_size)
         if self.batch_size % WORLD:
             raise UserError(f"a batch of {self.batch_size} cannot be shared by {WORLD} processes")
         self.net, self.ema = model, copy.deepcopy(model).eval().requires_grad_(False)
@@ -243,10 +240,10 @@ class Run(AbstractContextManager):
         self.lock = FileLock(self.out / ".lock")
         try:
             self._open(FREE | set(free))
+            self._compile()
         except BaseException:
             self.lock.release()
             raise
-        self._compile()
         self.model = DistributedDataParallel(model) if WORLD > 1 else model
 
     def _compile(self):
@@ -279,8 +276,7 @@ class Run(AbstractContextManager):
         self._restore_handlers()
         self.lock.release()
         if kind is torch.OutOfMemoryError:
-            hint = f"a batch of {self.batch_size} does not fit into its memory; half of it may"
-            raise UserError(f"{self.device}: {hint} ({error})") from error
+            raise UserError(f"a batch of {self.batch_size} does not fit, half of it may: {error}") from error
 
     def steps(self, n):
         """Yield (step, indices of this process's share of the batch) for n samples; save on the way.
@@ -330,8 +326,8 @@ class Run(AbstractContextManager):
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), CLIP)
         rate = min(1.0, self.step / (WARMUP * len(self.opts)))  # with Muon twice as long
-        if len(self.opts) > 1:
-            rate = min(rate, (self.max_steps + 1 - self.step) / self.max_steps / COOLDOWN)
+        if self.cooldown:
+            rate = min(rate, (self.max_steps + 1 - self.step) / self.max_steps / self.cooldown)
         for opt in self.opts:
             opt.param_groups[0]["lr"] = opt.defaults["lr"] * rate
             opt.step()
@@ -387,8 +383,7 @@ class Run(AbstractContextManager):
 
     def _draw_curve(self):
         steps, losses, *_ = zip(*self.rows, strict=True)
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        axes = figure.subplots()
+        axes = (figure := Figure(figsize=(6, 4), layout="constrained")).subplots()
         axes.semilogy(steps, losses)
         axes.set(xlabel="step", ylabel="training loss")
         figure.savefig(self.out / "curve.png", dpi=120)

@@ -91,7 +91,7 @@ def train(monkeypatch, tmp_path):
         model = torch.nn.Linear(3, 1)
         cfg = TokenConfig(out=str(tmp_path), resume=True, max_steps=runs.FOREVER)
         ends = dict(limit=limit, score=lambda _: next(scores, 0.0), every=4, early_stop=early_stop)
-        with runs.TimedRun(cfg, model, {}, CPU, muon=[model.weight], **ends) as run:
+        with runs.TimedRun(cfg, model, {}, CPU, cooldown=0.2, muon=[model.weight], **ends) as run:
             for _ in run.steps(100):
                 run.update(run.model(torch.ones(3)).square().mean())
                 rates.append(run.opts[1].param_groups[0]["lr"])

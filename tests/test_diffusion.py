@@ -257,12 +257,34 @@ def test_samplers_reach_a_mixture(name, sampler, steps):
     assert scipy.stats.wasserstein_distance(x, data) < 0.035
 
 
+def test_a_student_learns_the_linear_map_of_the_probability_flow_of_a_gaussian():
+    """Data N(0, 0.5^2): the flow scales noise at step t by the ratio of the standard deviations."""
+    process = Diffusion(*cosine(1000), "x0")
+    deviation = [math.hypot(a * 0.5, s) for a, s in zip(process.a, process.s, strict=True)]
+
+    def teacher(xt, t, y):
+        a = process.a[int(t[0])]
+        return a * 0.25 / deviation[int(t[0])] ** 2 * xt
+
+    (t, noise, _), *_, (_, x0, _) = trajectory(process, teacher, (512, 1), steps=100, generator=rng(0))
+    student = torch.nn.Linear(1, 1)
+    opt = torch.optim.Adam(student.parameters(), lr=0.05)
+    for _ in range(200):
+        opt.zero_grad()
+        process.regression(lambda xt, t, y: student(xt), noise, t, x0).mean().backward()
+        opt.step()
+    assert student.weight.item() == pytest.approx(0.5 / deviation[t], rel=0.02)
+    assert abs(student.bias.item()) < 0.01
+
+
 def test_ddpm_steps_have_the_posterior_of_eq_7():
     """With a denoiser that knows x0, a step from t to t-1 is a draw of q(x_{t-1} | x_t, x0)."""
     a, s = cosine(12)
     alpha_bar, x0, xt = a**2, torch.full((100_000, 1), 0.7), torch.randn(100_000, 1, generator=rng(5))
     settings = dict(sampler="ddpm", steps=12, generator=rng(5))
-    for u, xu, _ in trajectory(Diffusion(a, s, "x0"), lambda x, t, y: x0, (100_000, 1), **settings):
+    (_, noise, _), *states = trajectory(Diffusion(a, s, "x0"), lambda x, t, y: x0, (100_000, 1), **settings)
+    torch.testing.assert_close(noise, xt)
+    for u, xu, _ in states:
         if u:
             beta = 1 - alpha_bar[u + 1] / alpha_bar[u]
             mean = alpha_bar[u].sqrt() * beta * x0 + (1 - beta).sqrt() * (1 - alpha_bar[u]) * xt
@@ -301,7 +323,7 @@ def test_self_conditioning_shows_the_first_guess_in_training_and_the_last_one_in
     assert len(seen) == 200 + len(guesses)
     assert not any(guess.requires_grad for guess in guesses)
     seen.clear()
-    steps = list(trajectory(process, model, (4, 3, 2), sampler="ddim", steps=5))
+    _, *steps = trajectory(process, model, (4, 3, 2), sampler="ddim", steps=5)
     assert seen[0] is None
     assert all(torch.equal(shown, step[2]) for shown, step in zip(seen[1:], steps, strict=False))
 

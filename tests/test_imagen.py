@@ -14,7 +14,7 @@ from PIL import Image
 
 import imagen
 from common.pictures import picture, save_files
-from common.run import UserError, open_checkpoint
+from common.run import Run, UserError, open_checkpoint
 from diffusion import sample
 
 
@@ -47,7 +47,7 @@ def test_a_run_writes_its_files(trained):
         assert (trained / name).stat().st_size > 60, name
     grid = Image.open(trained / "samples/grid.png")
     assert grid.height >= 10 * 8 * 7 and grid.width > grid.height  # ten enlarged rows and their labels
-    assert Image.open(trained / "samples/film.gif").n_frames == 10
+    assert Image.open(trained / "samples/film.gif").n_frames == 11  # the noise, then ten evaluations
 
 
 def test_samples_are_drawn_from_the_ema_by_the_settings_of_the_checkpoint(trained, cli, monkeypatch):
@@ -89,7 +89,7 @@ def test_a_checkpoint_is_scored_as_after_its_training(trained, cli):
     [
         "--denoiser transformer --width 32 --depth 1",
         "--predict eps --schedule linear",
-        "--predict x0 --sampler ddpm --T 50 --steps 50",
+        "--predict x0 --sampler ddpm --steps 50",
         "--predict flow --schedule flow --sampler ddim",
         "--sampler heun --steps 9 --guidance 1",
     ],
@@ -235,3 +235,53 @@ def test_a_run_leaves_the_notebook_as_it_was(trained):
 def test_load_raises_one_error_for_what_is_no_checkpoint(tmp_path):
     with pytest.raises(UserError, match="gone.pt"):
         imagen.load(tmp_path / "gone.pt")
+
+
+# -- one step --------------------------------------------------------------------------------------------
+
+
+def test_a_student_draws_in_one_evaluation_and_resumes_to_the_same_bits(trained, cli, tmp_path, monkeypatch):
+    flags = ["--distill", trained / "last.pt", "--pairs", 50, "--score_n", 0, "--out"]
+    assert cli("imagen", *flags, tmp_path / "a", "--max_steps", 4)[0] == 0
+    with monkeypatch.context() as patch:  # a signal in the second step
+        patch.setattr(Run, "due", lambda run, every: run.step == 2 and run._on_signal(2, None))
+        assert cli("imagen", *flags, tmp_path / "b", "--max_steps", 4)[0] == 130
+    resume = [*flags, tmp_path / "b", "--max_steps", 4, "--resume"]
+    assert cli("imagen", *resume, "--guidance", 1)[0] == 2  # another teacher
+    assert cli("imagen", *resume)[0] == 0
+    whole, resumed = (read(tmp_path / name)["ema"] for name in "ab")
+    assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
+    assert any(not torch.equal(weight, read(trained)["ema"][name]) for name, weight in whole.items())
+    status, printed = cli("imagen", "--load", tmp_path / "a/last.pt", "--score_n", 40)
+    assert status == 0 and "1 steps, guidance 0" in printed and "nearest" in printed
+    assert (tmp_path / "a/samples/dpm++_1_guidance0_seed0.png").exists()
+
+
+def test_pairs_are_what_sample_makes_of_the_same_noise(trained):
+    cfg = imagen.Config(**read(trained)["config"] | dict(distill=str(trained / "last.pt"), pairs=40))
+    _, facts, t, noise, x0, y = imagen.ask_teacher(cfg, read(trained)["facts"], torch.device("cpu"))
+    process, model, _ = imagen.load(trained / "last.pt")
+    shape, generator = (cfg.batch_size, *facts["shape"]), torch.Generator().manual_seed(cfg.seed)
+    first = sample(process, model, shape, y[: cfg.batch_size], generator=generator, clip=1.0)
+    torch.testing.assert_close(x0[: cfg.batch_size], first)
+    unit = torch.randn(shape, generator=torch.Generator().manual_seed(cfg.seed))
+    torch.testing.assert_close(noise[: cfg.batch_size], unit)
+    assert facts["teacher"] == ["dpm++", 10, 0.0, 40] and len(noise) == len(x0) == len(y) == 40
+    assert t > 900 and y[:12].tolist() == [*range(10), 0, 1]
+
+
+@pytest.mark.parametrize("flags", ["--sampler ddpm", "--dataset mnist", "--pairs 100000000", "--load x.pt"])
+def test_a_student_without_a_teacher_is_refused(flags, trained, cli, tmp_path, fake_fashionmnist):
+    flags = [*flags.split(), "--data_dir", fake_fashionmnist, "--out", tmp_path]
+    status, printed = cli("imagen", "--distill", trained / "last.pt", *flags)
+    assert status == 2 and len(printed.splitlines()) < 4
+
+
+def test_a_student_teaches_nobody(trained, cli, tmp_path):
+    out = tmp_path / "student"
+    assert (
+        cli("imagen", "--distill", trained / "last.pt", "--max_steps", 1, "--pairs", 20, "--out", out)[0] == 0
+    )
+    status, printed = cli("imagen", "--distill", out / "last.pt", "--out", tmp_path / "other")
+    assert status == 2 and "no student" in printed
+    assert cli("imagen", "--load", out / "last.pt", "--guidance", 1)[0] == 2
