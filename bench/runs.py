@@ -34,7 +34,8 @@ class TimedRun(Run):
     """
 
     def __init__(self, *args, limit: float, score, every: int, early_stop: bool = False, **settings):
-        super().__init__(*args, extra=dict(curve=[], limit=0.0), **settings)
+        settings["extra"] = dict(curve=[], limit=0.0) | settings.get("extra", {})
+        super().__init__(*args, **settings)
         self.limit, self.score, self.every, self.early_stop = limit, score, every, early_stop
         self.most = self.max_steps
         if self.step:
