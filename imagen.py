@@ -59,7 +59,7 @@ class Config(Flags):
 
     script: ClassVar = "imagen"
     RECIPES: ClassVar = {"digits": dict(max_steps=1500), "mnist": dict(max_steps=2200)}
-    DISTILL: ClassVar = dict(out="out/{dataset}-distilled", resume=False)
+    DISTILL: ClassVar = dict(out="out/{dataset}-distilled", max_steps=3000, resume=False)
 
     def __post_init__(self):
         levels = len(self.channels) == len(self.blocks) and not any(c % 8 for c in self.channels)

@@ -18,7 +18,7 @@ import reason
 import textgen
 import tokengen
 from bench.runs import run_bench, saved_by
-from common.pictures import save_picture
+from common.pictures import picture, save_picture
 from common.run import log
 from diffusion import trajectory
 from tasks.problems import decode
@@ -55,6 +55,16 @@ def images(path: Path) -> list[torch.Tensor]:
     return evenly([imagen.to_uint8(xt) for _, xt, _ in states])
 
 
+def one_step(teacher: Path, student: Path) -> Image.Image:
+    """What a teacher and its student make of the same noise, two images of each class."""
+    rows = []
+    for path in (teacher, student):
+        cfg = imagen.Config(**saved_by(imagen.Config, path)["config"])
+        process, model, facts = imagen.load(path, "cpu")
+        rows.append(imagen.draw(cfg, process, model, facts["shape"], torch.arange(10).repeat(2)))
+    return picture(["10 evaluations", "1 evaluation"], torch.stack(rows))
+
+
 def review(path: Path) -> list[str]:
     """The text that the decoder writes from xt in every frame, of the best rating."""
     writer, y = textgen.load(path, "cpu"), torch.tensor([4])
@@ -81,8 +91,8 @@ def forming(runs: Path) -> list[Image.Image]:
     for x, text, thoughts in zip(shown, written, chain, strict=True):
         canvas = Image.new("RGB", (760, 206), "white")
         for i, image in enumerate(x):
-            picture = Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).numpy())
-            canvas.paste(picture.resize((70, 70), Image.Resampling.BICUBIC), (8 + 75 * i, 8))
+            photo = Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).numpy())
+            canvas.paste(photo.resize((70, 70), Image.Resampling.BICUBIC), (8 + 75 * i, 8))
         draw = ImageDraw.Draw(canvas)
         draw.multiline_text((8, 90), textwrap.fill(text, 98), fill="black", font=font, spacing=5)
         draw.text((8, 178), f"733 x 42:  {thoughts}", fill="black", font=font)
@@ -137,10 +147,13 @@ def main(cfg: Config) -> None:
     runs, out = Path(cfg.runs), Path(cfg.out)
     save_gif(forming(runs), 120, out / "forming.gif")
     save_gif(writing(runs / "shakespeare/last.pt"), 100, out / "writing.gif")
+    teacher, student = runs / "fashionmnist/last.pt", runs / "fashionmnist-distilled/last.pt"
+    save_picture(one_step(teacher, student), out / "one_step.png")
     sudoku(runs / "sudoku/last.pt").savefig(out / "sudoku.png", dpi=120)
     for name, source in COPIES.items():
         shutil.copy(runs / source, out / name)
-    log(f"wrote {', '.join(sorted([*COPIES, 'forming.gif', 'writing.gif', 'sudoku.png']))} to {out}")
+    drawn = [*COPIES, "forming.gif", "writing.gif", "one_step.png", "sudoku.png"]
+    log(f"wrote {', '.join(sorted(drawn))} to {out}")
 
 
 if __name__ == "__main__":

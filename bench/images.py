@@ -3,6 +3,7 @@
     python -m bench.images                    FashionMNIST from ./data: speed and quality, an hour on a CPU
     python -m bench.images --seconds 0        speed only, 4 minutes
     python -m bench.images --load out/fashionmnist/last.pt --score_n 10000     FD, KID, precision, recall, FID
+    python -m bench.images --load out/digits/last.pt --student out/digits-distilled/last.pt   by evaluations
 
 Peers: diffusers' UNet2DModel and denoising-diffusion-pytorch's Unet, each with its own loss, of comparable
 size. All are unconditional and share imagen.py's batches, optimizer, warm-up, clipping and EMA. They differ
@@ -49,6 +50,7 @@ class Config:
     sampler: Literal[tuple(SAMPLERS)] | None = None  # load: in place of the checkpoint's
     steps: int | None = None  # load: likewise
     guidance: float | None = None  # load: likewise
+    student: str | None = None  # load: a student of that checkpoint, to compare them by evaluations instead
     out: str = "out/bench/images"  # folder of the figure and the sample grids
 
     def __post_init__(self):
@@ -133,6 +135,28 @@ def measure(cfg: Config, images: Images, device: torch.device) -> None:
         log(str(error))
 
 
+def by_evaluations(cfg: Config, images: Images, device: torch.device) -> None:
+    """Print and draw FD, nearest and time of a teacher's samples by evaluations, and of its student's."""
+    net, curves, rows = load_classifier(images, Path(cfg.load).parent / "classifier.pt", device), {}, []
+    order = torch.randperm(len(images.y), generator=torch.Generator().manual_seed(0))
+    y, test = images.y[order[: cfg.score_n]], net.features(images.x_test)
+    for name, path, counts in (("teacher", cfg.load, (1, 2, 4, 10, 50)), ("student", cfg.student, (1,))):
+        saved, curves[name] = saved_by(imagen.Config, path)["config"], []
+        for steps in counts:
+            sampler = saved["sampler"] if steps > 2 or name == "student" else "ddim"  # better for so few
+            run = imagen.Config(**saved | dict(steps=steps, sampler=sampler))
+            process, model, facts = imagen.load(path, device, run)
+            start = time.perf_counter()
+            samples = imagen.draw(run, process, model, facts["shape"], y)
+            row = {"": name, "evaluations": steps, "sampler": sampler}
+            row["ms a sample"] = f"{1000 * (time.perf_counter() - start) / len(y):.3g}"
+            curves[name].append((steps, frechet_distance(net.features(samples), test)))
+            rows.append(row | {"score": score_images(samples, y, images, net)})
+    print_table(rows)
+    labels = dict(xlabel="evaluations", ylabel="Fréchet distance to test images")
+    draw(Path(cfg.out) / "evaluations.png", curves, xscale="log", yscale="log", **labels)
+
+
 def print_measures(rows: dict[str, dict[str, float]]) -> None:
     print_table([{"": name} | {k: f"{v:.4g}" for k, v in row.items()} for name, row in rows.items()])
 
@@ -155,7 +179,7 @@ class Ours:
         self.cfg = imagen.Config(precision=precision, seed=torch.initial_seed() % 10**9)
         self.process, self.model = imagen.build(self.cfg, dict(shape=[1, size, size], names=[]), device)
         if textbook:
-            self.process = Diffusion(*SCHEDULES["linear"](self.cfg.T), "eps", "plain").to(device)
+            self.process = Diffusion(*SCHEDULES["linear"](imagen.T), "eps", "plain").to(device)
         self.device = device
 
     def loss(self, x: Tensor) -> Tensor:
@@ -323,7 +347,7 @@ def quality(cfg: Config, images: Images, device: torch.device) -> None:
 def main(cfg: Config) -> None:
     device, images = pick_device(), load_images(cfg.dataset, cfg.data_dir)
     if cfg.load:
-        return measure(cfg, images, device)
+        return (by_evaluations if cfg.student else measure)(cfg, images, device)
     C, H, W = images.x.shape[1:]
     if C != 1 or H != W or W % 4:
         raise UserError(f"the peers need one channel and sides divisible by 4, got {(C, H, W)}")

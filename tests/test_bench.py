@@ -263,6 +263,9 @@ def test_images_beside_peers_and_the_measures_of_a_run(call, tmp_path):
     call("imagen", "--dataset digits --max_steps 2 --channels 8 16 --blocks 1 1 --score_n 0 --out OUT/run")
     printed = call("bench.images", "--dataset digits --score_n 30 --load OUT/run/last.pt --out OUT")
     assert "| real |" in printed and (tmp_path / "nearest.png").exists()
+    call("imagen", "--distill OUT/run/last.pt --max_steps 2 --pairs 20 --score_n 0 --out OUT/student")
+    flags = "--dataset digits --score_n 20 --load OUT/run/last.pt --student OUT/student/last.pt --out OUT"
+    assert call("bench.images", flags).count("| teacher |") == 5 and (tmp_path / "evaluations.png").exists()
 
 
 @pytest.mark.slow

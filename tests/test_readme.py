@@ -123,7 +123,7 @@ def small(script: str, flags: list[str], folder) -> list[str]:
     """Flags that make a command small and keep it off the network."""
     if "--load" in flags:
         return []
-    parts = []
+    parts = ["--pairs", "32"] if "--distill" in flags else []
     if "base" in flags:
         parts = ["--encoder", save_pretrained(folder, "bert"), "--decoder", save_pretrained(folder, "gpt2")]
     return [*SIZE[script].split(), *map(str, parts)]
