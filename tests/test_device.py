@@ -57,14 +57,20 @@ def ten_steps(monkeypatch):
         monkeypatch.setattr(script, "autocast", lambda *_: nullcontext())
 
 
-@pytest.mark.parametrize("denoiser", ["unet", "transformer"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("denoiser", [pytest.param("unet", marks=SLOW), "transformer"])
 def test_images(denoiser, ten_steps, tmp_path):
     cfg = imagen.Config(dataset="digits", denoiser=denoiser, depth=1, out=str(tmp_path), max_steps=20)
     with pytest.raises(Done):
         imagen.train(cfg, load_images("digits", ""), META)
 
 
-@pytest.mark.parametrize("settings", [{}, dict(snapshot=0.5), dict(dataset="sudoku", masks=(0.2, 0.8))])
+SUDOKU = dict(dataset="sudoku", masks=(0.2, 0.8))
+
+
+@pytest.mark.parametrize("settings", [{}, dict(snapshot=0.5), pytest.param(SUDOKU, marks=SLOW)])
 def test_reasoning(settings, ten_steps, tmp_path):
     cfg = dict(dataset="mult", train_n=100, depth=1, out=str(tmp_path), max_steps=20)
     cfg = reason.Config(**cfg | settings)

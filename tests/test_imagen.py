@@ -84,6 +84,7 @@ def test_a_checkpoint_is_scored_as_after_its_training(trained, cli):
     assert cli("imagen", "--load", trained / "last.pt", "--score_n", 40, "--dataset", "mnist")[0] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -212,6 +213,7 @@ def test_a_checkpoint_of_another_script_is_refused(trained, cli):
         assert status == 2 and "last.pt" in printed
 
 
+@pytest.mark.slow
 def test_an_import_runs_nothing_and_loads_no_other_script():
     code = "import sys, imagen; print(sorted(m for m in sys.modules if m.split('.')[0] in sys.argv[1:]))"
     others = "textgen reason tokengen vae blocks tasks transformers datasets sklearn sacrebleu".split()

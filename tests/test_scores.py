@@ -48,6 +48,7 @@ def figures(line):
     return [float(word) for word in words if word[0].isdigit()]  # FD, of training images, label, nearest
 
 
+@pytest.mark.slow
 def test_the_classifier_is_seeded_kept_and_ranks_real_above_noise(tmp_path):
     images = load_images("digits", "")
     before = torch.random.get_rng_state()
