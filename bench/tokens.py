@@ -22,7 +22,7 @@ import tokengen
 from bench.gpt import WindowGPT
 from bench.runs import FOREVER, draw, millions, print_table, run_bench, saved_by, timed
 from bench.timing import best_rate
-from common.run import check_config, log, pick_device, resolve_out, save_text
+from common.run import check_config, load_model, log, pick_device, resolve_out, save_text
 from diffusion import Masked
 
 
@@ -87,7 +87,7 @@ def trained(cfg: Config, name: str, block: int, texts: tuple[str, str], device: 
     with gpt_or_ours(name):
         with timed(tokengen, limit=cfg.seconds, score=score, every=cfg.every):
             tokengen.train(run, *texts, device)
-        _, model, facts = tokengen.load(folder / "last.pt", device)
+        _, model, facts = load_model(tokengen.Config, tokengen.build, folder / "last.pt", device)
     return Trained(name, run, model, facts, saved_by(tokengen.Config, folder / "last.pt")["extra"]["curve"])
 
 
