@@ -8,6 +8,7 @@
 From Python: process, model, facts = imagen.load("out/digits/last.pt"). The mathematics is in diffusion.py.
 """
 
+from collections import deque
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -106,14 +107,20 @@ def to_uint8(x):
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
-def draw(cfg, process, model, shape, y):
-    """uint8 images (n, C, H, W) of the labels y (n,), -1 for any; cfg.seed decides the noise."""
-    device, parts, how = process.a_table.device, [], sampling(cfg)
+def batches(cfg, process, model, shape, y):
+    """Yield, for the labels y (n,) in turn, the step t of the noise, the noise, and x0 (B, C, H, W) each."""
+    device, how = process.a_table.device, sampling(cfg)
     for labels in y.split(cfg.batch_size):  # what fits in memory for training fits here
         with autocast(device, cfg.precision):
-            *_, (_, x0, _) = trajectory(process, model, (len(labels), *shape), labels.to(device), **how)
-        parts.append(to_uint8(x0))
-    return torch.cat(parts)
+            states = trajectory(process, model, (len(labels), *shape), labels.to(device), **how)
+            t, noise, _ = next(states)
+            [(_, x0, _)] = deque(states, maxlen=1)  # the last one: all of them may not fit
+        yield t, noise, x0
+
+
+def draw(cfg, process, model, shape, y):
+    """uint8 images (n, C, H, W) of the labels y (n,), -1 for any; cfg.seed decides the noise."""
+    return torch.cat([to_uint8(x0) for _, _, x0 in batches(cfg, process, model, shape, y)])
 
 
 def chosen(cfg, facts):
@@ -145,30 +152,25 @@ def score(cfg, process, model, images, folder):
     net = load_classifier(images, folder / "classifier.pt", process.a_table.device)
     order = torch.randperm(len(images.y), generator=torch.Generator().manual_seed(cfg.seed))
     y = images.y[order[: cfg.score_n]]
-    samples = draw(cfg, process, model, images.x.shape[1:], y)
+    x = draw(cfg, process, model, images.x.shape[1:], y), images.x, images.x_test
     how = f"{cfg.sampler}, {cfg.steps} steps, guidance {cfg.guidance:g}, seed {cfg.seed}"
     against = f"n={len(y)} against {len(images.x_test)} test images"
-    log(f"score of {against} ({how}):\n  {score_images(samples, y, images, net)}")
+    log(f"score of {against} ({how}):\n  {score_images(*map(net.features, x), y, net)}")
 
 
 def ask_teacher(cfg, facts, device):
-    """The model and facts of a student, the step t of the noise, and cfg.pairs of noise and the teacher's
-    samples, (N, C, H, W) each, with their labels (N,)."""
+    """A student's model and facts; the noise's step, the noise, its samples (N, C, H, W), labels (N,)."""
     process, model, known = load(cfg.distill, device, cfg)
     if known != facts or cfg.sampler == "ddpm":
         raise UserError(f"{cfg.distill} must know this data, be no student, and not sample by ddpm")
-    shape, how, pairs = facts["shape"], sampling(cfg), []
-    gib = 8 * cfg.pairs * torch.Size(shape).numel() / 2**30
+    gib = 8 * cfg.pairs * torch.Size(facts["shape"]).numel() / 2**30
     log(f"{cfg.pairs} pairs take {gib:.3f} GiB")
     if gib > 8:
         raise UserError(f"--pairs {cfg.pairs}: more than 8 GiB may not fit in memory, ask for fewer")
     y = torch.tensor(chosen(cfg, facts), device=device).repeat(cfg.pairs)[: cfg.pairs]
-    for labels in y.split(cfg.batch_size):
-        with autocast(device, cfg.precision):
-            states = list(trajectory(process, model, (len(labels), *shape), labels, **how))
-        pairs.append((states[0][1], states[-1][1]))
+    (t, *_), noise, x0 = zip(*batches(cfg, process, model, facts["shape"], y), strict=True)
     facts = facts | dict(teacher=[cfg.sampler, cfg.steps, cfg.guidance, cfg.pairs])
-    return model.train(), facts, states[0][0], *map(torch.cat, zip(*pairs, strict=True)), y
+    return model.train(), facts, t, torch.cat(noise), torch.cat(x0), y
 
 
 def train(cfg, images, device):

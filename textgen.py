@@ -331,8 +331,7 @@ def train(cfg):
         with open_checkpoint(path, Config) as saved:
             facts = saved["facts"] | facts
     elif scratch:
-        facts["encoder"] = texts.train_tokenizer([row[0] for row in data.train], cfg.vocab)
-        facts["decoder"] = facts["encoder"]
+        facts["encoder"] = facts["decoder"] = texts.train_tokenizer([x for x, *_ in data.train], cfg.vocab)
     else:
         facts["encoder"] = texts.pretrained_tokenizer(cfg.encoder)
         facts["decoder"] = texts.pretrained_tokenizer(cfg.decoder)

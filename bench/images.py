@@ -124,7 +124,7 @@ def measure(cfg: Config, images: Images, device: torch.device) -> None:
     net = load_classifier(images, Path(cfg.load).parent / "classifier.pt", device)
     f, train, test = (net.features(x) for x in (samples, images.x, images.x_test))
     log(f"{run.sampler}, {run.steps} steps, guidance {run.guidance}, n={len(f)} against {len(test)}:")
-    log(score_images(samples, y, images, net))
+    log(score_images(f, train, test, y, net))
     print_measures({"samples": measures(f, test), "real": measures(real_features(train, len(f)), test)})
     nearest = images.x[torch.cdist(f[:20], train).argmin(1)]
     pairs = torch.stack([samples[:10], nearest[:10], samples[10:20], nearest[10:]])
@@ -139,7 +139,7 @@ def by_evaluations(cfg: Config, images: Images, device: torch.device) -> None:
     """Print and draw FD, nearest and time of a teacher's samples by evaluations, and of its student's."""
     net, curves, rows = load_classifier(images, Path(cfg.load).parent / "classifier.pt", device), {}, []
     order = torch.randperm(len(images.y), generator=torch.Generator().manual_seed(0))
-    y, test = images.y[order[: cfg.score_n]], net.features(images.x_test)
+    y, train, test = images.y[order[: cfg.score_n]], net.features(images.x), net.features(images.x_test)
     for name, path, counts in (("teacher", cfg.load, (1, 2, 4, 10, 50)), ("student", cfg.student, (1,))):
         saved, curves[name] = saved_by(imagen.Config, path)["config"], []
         for steps in counts:
@@ -150,8 +150,9 @@ def by_evaluations(cfg: Config, images: Images, device: torch.device) -> None:
             samples = imagen.draw(run, process, model, facts["shape"], y)
             row = {"": name, "evaluations": steps, "sampler": sampler}
             row["ms a sample"] = f"{1000 * (time.perf_counter() - start) / len(y):.3g}"
-            curves[name].append((steps, frechet_distance(net.features(samples), test)))
-            rows.append(row | {"score": score_images(samples, y, images, net)})
+            f = net.features(samples)
+            curves[name].append((steps, frechet_distance(f, test)))
+            rows.append(row | {"score": score_images(f, train, test, y, net)})
     print_table(rows)
     labels = dict(xlabel="evaluations", ylabel="Fréchet distance to test images")
     draw(Path(cfg.out) / "evaluations.png", curves, xscale="log", yscale="log", **labels)

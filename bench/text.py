@@ -13,7 +13,7 @@ import itertools
 import math
 import platform
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -302,6 +302,7 @@ def compare(title: str, sides: dict, rounds: int, device) -> None:
     log(f"{title}: {seconds}, ratio {spread(ratios)}")
 
 
+@cache
 def small_parts(device) -> tuple[textgen.Config, dict, TextVAE, Rows]:
     """What textgen.py at its defaults makes of the grammar: cfg, facts, VAE and training texts."""
     cfg = textgen.Config(dataset="grammar")

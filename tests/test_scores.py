@@ -57,11 +57,13 @@ def test_the_classifier_is_seeded_kept_and_ranks_real_above_noise(tmp_path):
     again, other = (load_classifier(images, tmp_path / f"{name}.pt", CPU, steps=200) for name in "ab")
     for copy in (again, other):
         assert all(map(torch.equal, net.state_dict().values(), copy.state_dict().values()))
-    x, y = images.x[:300], images.y[:300]
+    x, y, train, test = images.x[:300], images.y[:300], *map(net.features, (images.x, images.x_test))
     noise = 40 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    noisy = figures(score_images((x + noise).clamp(0, 255).to(torch.uint8), y, images, net))
+    noisy = figures(
+        score_images(net.features((x + noise).clamp(0, 255).to(torch.uint8)), train, test, y, net)
+    )
     assert noisy[0] > 5 * noisy[1] and noisy[3] > 0.5
-    copies = figures(score_images(x, y, images, net))
+    copies = figures(score_images(net.features(x), train, test, y, net))
     assert copies[3] == 0 and copies[2] > 0.9
     (tmp_path / "a.pt").write_bytes(b"PK")
     with pytest.raises(UserError, match="a.pt"):
