@@ -29,7 +29,6 @@ from common.run import (
     pick_device,
     resolve_out,
     run_script,
-    save_text,
 )
 from common.tables import load_from_hub, load_tables
 from diffusion import SAMPLERS, Diffusion, LatentTransformer, cosine, drop_condition, sample
@@ -161,8 +160,7 @@ class Writer:
         """The texts of standardised latents (N, k, d)."""
         written = []
         for z in (x0 * self.std + self.mean).split(64):
-            ids = self.vae.generate(z.to(self.device), self.cfg.max_tokens)
-            written += texts.decode(self.decoder, ids)
+            written += texts.decode(self.decoder, self.vae.generate(z.to(self.device), self.cfg.max_tokens))
         return written
 
     @torch.no_grad()
@@ -250,9 +248,9 @@ def train_diffusion(cfg, facts, vae, train, test, ids):
                 loss = writer.process.loss(run.model, z[batch], y_batch).mean()
             run.update(loss)
             if run.due(cfg.sample_every):
-                save_text(sample_lines(writer, test), run.out / f"samples/{step:06}.txt")
+                texts.save_text(sample_lines(writer, test), run.out / f"samples/{step:06}.txt")
         if run.due(1):  # once, in the main process
-            save_text(sample_lines(writer, test), run.out / "samples/samples.txt")
+            texts.save_text(sample_lines(writer, test), run.out / "samples/samples.txt")
             if cfg.score_n:
                 score(writer, train, test)
 
@@ -357,7 +355,7 @@ def main(cfg):
         return train(resolve_out(cfg))
     writer, folder = load(cfg.load, cfg=cfg), Path(cfg.load).expanduser().parent / "samples"
     name = f"{cfg.sampler}_{cfg.steps}_guidance{cfg.guidance:g}_seed{cfg.seed}.txt"
-    save_text(sample_lines(writer, [("", -1, cfg.prompt)]), folder / name)
+    texts.save_text(sample_lines(writer, [("", -1, cfg.prompt)]), folder / name)
     if cfg.score_n:
         data = load_texts(cfg)
         if data.checksum() != writer.facts["checksum"]:

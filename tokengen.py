@@ -20,25 +20,9 @@ import torch
 import torch.nn.functional as F
 
 from blocks import Layout, TokenTransformer, bound, draw_masks, generate
-from common.run import (
-    Flags,
-    Run,
-    UserError,
-    autocast,
-    check_config,
-    is_builtin,
-    load_model,
-    log,
-    pick_device,
-    run_script,
-    save_text,
-)
-from common.tables import lines, read_text
-from common.texts import from_json, train_tokenizer
+from common.run import Flags, Run, UserError, autocast, check_config, load_model, log, pick_device, run_script
+from common.texts import from_json, load_text, save_text, train_tokenizer
 from diffusion import Masked
-
-SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 @dataclass(frozen=True)
@@ -57,7 +41,6 @@ class Config(Flags):
     max_steps: int = 5000  # optimizer steps
     batch_size: int = 32  # windows per step, over all processes
     lr: float = 2e-3  # AdamW's learning rate after warm-up
-    muon_lr: float = 0.02  # Muon's, which trains the matrices of the transformer
     # sampling
     steps: int = 16  # evaluations of the denoiser for each block
     temperature: float = 0.8  # of the tokens that are drawn; 0 takes the likeliest
@@ -78,29 +61,6 @@ class Config(Flags):
             (self.width % 16 == 0, "--width must be divisible by 16"),
             (not self.gap or self.gap in self.prompt, f"--gap {self.gap} is not in the --prompt"),
         )
-
-
-def load_text(cfg):
-    """The first nine tenths of a text, for training, and the held-out rest: nanoGPT's split."""
-    path = Path(cfg.dataset).expanduser()
-    if is_builtin(cfg.dataset, ["shakespeare"]):
-        path = Path(cfg.data_dir).expanduser() / "shakespeare.txt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            if not path.exists():
-                torch.hub.download_url_to_file(SHAKESPEARE, str(path), SHA256, progress=False)
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"{SHAKESPEARE} could not be loaded ({error}): try --dataset manual") from error
-    if is_builtin(cfg.dataset, ["manual"]):
-        from pydoc_data.topics import topics
-
-        text = "\n\n".join(topics[name] for name in sorted(topics))
-    else:
-        text = "\n".join(lines(read_text(path)))
-    if cfg.lines:
-        text = re.sub(r"\s*\n", "\n", text)  # a blank line is no text
-    n = int(0.9 * len(text))
-    return text[:n], text[n:]
 
 
 def facts_of(cfg, text, text_test):
@@ -206,8 +166,7 @@ def bits_of(cfg, facts, model, text, n, draws=8):
     for part in ids.unfold(0, cfg.window, 1)[starts].split(cfg.batch_size):
         with autocast(device, cfg.precision):
             nats.append(bound(model, part[:, :0], part, draws, generator))
-    characters = len(text) / len(ids)  # per token
-    return torch.cat(nats) / (cfg.window * characters * math.log(2))
+    return torch.cat(nats) / (cfg.window * len(text) / len(ids) * math.log(2))
 
 
 def log_score(bits):
@@ -244,12 +203,12 @@ def train(cfg, text, text_test, device):
 
 def main(cfg):
     if not cfg.load:
-        return train(cfg, *load_text(cfg), pick_device())
+        return train(cfg, *load_text(cfg.dataset, cfg.data_dir, cfg.lines), pick_device())
     _, model, facts = load(cfg.load, cfg=cfg)
     folder = Path(cfg.load).expanduser().parent
     save_text(write_samples(cfg, facts, model), folder / f"samples/seed{cfg.seed}.txt")
     if cfg.score_n:
-        texts = load_text(cfg)
+        texts = load_text(cfg.dataset, cfg.data_dir, cfg.lines)
         if facts_of(cfg, *texts) != facts:
             raise UserError(f"{cfg.load} was not trained on {cfg.dataset}: it may have seen its test part")
         log_score(bits_of(cfg, facts, model, texts[1], cfg.score_n))

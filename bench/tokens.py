@@ -22,7 +22,8 @@ import tokengen
 from bench.gpt import WindowGPT
 from bench.runs import FOREVER, draw, millions, print_table, run_bench, saved_by, timed
 from bench.timing import best_rate
-from common.run import check_config, load_model, log, pick_device, resolve_out, save_text
+from common.run import check_config, load_model, log, pick_device, resolve_out
+from common.texts import load_text, save_text
 from diffusion import Masked
 
 
@@ -93,7 +94,13 @@ def trained(cfg: Config, name: str, block: int, texts: tuple[str, str], device: 
 
 def compare(cfg: Config, device: torch.device) -> None:
     """Train all, print the table and a sample of each, draw the curves."""
-    texts, window, rows, curves, samples = tokengen.load_text(cfg.run), cfg.run.window, [], {}, []
+    texts, window, rows, curves, samples = (
+        load_text(cfg.run.dataset, cfg.run.data_dir, cfg.run.lines),
+        cfg.run.window,
+        [],
+        {},
+        [],
+    )
     for name, block in [("GPT", 1)] * cfg.gpt + [(f"blocks of {n}", n) for n in cfg.blocks]:
         ours = trained(cfg, name, block, texts, device)
         bits = tokengen.bits_of(ours.run, ours.facts, ours.model, texts[1], cfg.score_n)

@@ -9,6 +9,7 @@ import torch
 
 import tokengen
 from blocks import bound
+from common import run, texts
 from common.run import UserError
 
 ABC = "the cat sat on the mat. the dog sat on the log.\n" * 60
@@ -39,9 +40,13 @@ def parts(text=ABC, **settings):
     return cfg, facts, model.eval()
 
 
+def load(cfg):
+    return texts.load_text(cfg.dataset, cfg.data_dir, cfg.lines)
+
+
 def read(path, content: bytes, **settings) -> str:
     path.write_bytes(content)
-    return "".join(tokengen.load_text(small(dataset=str(path), **settings)))
+    return "".join(load(small(dataset=str(path), **settings)))
 
 
 @pytest.mark.parametrize("vocab, mask", [(0, "░"), (300, "<mask>")])
@@ -56,7 +61,7 @@ def test_a_text_comes_back_from_its_ids_and_masks_are_shown(vocab, mask):
 
 
 def test_the_split_is_nanogpts_and_characters_of_both_parts_are_known(abc):
-    text, text_test = tokengen.load_text(small(dataset=str(abc)))
+    text, text_test = load(small(dataset=str(abc)))
     assert (len(text), text + text_test) == (int(0.9 * len(ABC)), ABC)
     facts = tokengen.facts_of(small(), ABC, "z")
     assert len(tokengen.encode(facts, "z")) == 1
@@ -75,26 +80,26 @@ def test_a_file_with_a_builtin_name_is_ambiguous(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "manual").write_text(ABC)
     with pytest.raises(UserError, match="manual"):
-        tokengen.load_text(small(dataset="manual"))
+        load(small(dataset="manual"))
     monkeypatch.chdir("/")
-    assert "assert" in tokengen.load_text(small(dataset="manual"))[0]
+    assert "assert" in load(small(dataset="manual"))[0]
     monkeypatch.chdir(tmp_path)
-    assert "".join(tokengen.load_text(small(dataset="./manual"))) == ABC
+    assert "".join(load(small(dataset="./manual"))) == ABC
 
 
 def test_shakespeare_is_downloaded_once_and_checked(tmp_path, monkeypatch):
     source, cfg = tmp_path / "source.txt", small(data_dir=str(tmp_path / "data"))
     source.write_text("<html>please log in</html>")
-    monkeypatch.setattr(tokengen, "SHAKESPEARE", source.as_uri())
+    monkeypatch.setattr(texts, "SHAKESPEARE", source.as_uri())
     with pytest.raises(UserError, match="manual"):
-        tokengen.load_text(cfg)
-    monkeypatch.setattr(tokengen, "SHA256", "")
+        load(cfg)
+    monkeypatch.setattr(texts, "SHA256", "")
     source.write_text(ABC)
     for _ in range(2):
-        assert "".join(tokengen.load_text(cfg)) == ABC
+        assert "".join(load(cfg)) == ABC
         source.unlink(missing_ok=True)
     with pytest.raises(UserError, match="manual"):
-        tokengen.load_text(replace(cfg, data_dir=str(tmp_path / "new")))
+        load(replace(cfg, data_dir=str(tmp_path / "new")))
 
 
 def test_held_out_windows_do_not_overlap():
@@ -194,8 +199,9 @@ def test_stratified_numbers_fill_every_part_equally():
 
 
 @pytest.mark.slow
-def test_training_lowers_the_bound_of_17_characters_from_log2_of_17(abc, cli, tmp_path):
-    flags = ["--dataset", abc, "--out", tmp_path / "run", "--max_steps", 120, "--lr", 2e-2, "--muon_lr", 0.05]
+def test_training_lowers_the_bound_of_17_characters_from_log2_of_17(abc, cli, tmp_path, monkeypatch):
+    flags = ["--dataset", abc, "--out", tmp_path / "run", "--max_steps", 120, "--lr", 2e-2]
+    monkeypatch.setattr(run, "MUON_LR", 0.05)
     status, printed = cli("tokengen", *TINY, *flags, "--prompt", "the cat")
     assert status == 0, printed
     assert float(re.findall(r"([\d.]+) \+- ", printed)[-1]) < 2
@@ -207,7 +213,7 @@ def trained(abc, tmp_path_factory):
     """The folder of a run of 4 steps."""
     out = tmp_path_factory.mktemp("trained") / "run"
     cfg = small(dataset=str(abc), out=str(out), batch_size=8, max_steps=4, length=40, score_n=6)
-    tokengen.train(cfg, *tokengen.load_text(cfg), CPU)
+    tokengen.train(cfg, *load(cfg), CPU)
     return out
 
 
