@@ -38,7 +38,6 @@ class Config(Flags):
     denoiser: Literal["unet", "transformer"] = "unet"  # network
     channels: tuple[int, ...] = (32, 64, 128)  # unet: width of each level, from full resolution down
     blocks: tuple[int, ...] = (1, 1, 2)  # unet: residual blocks of each level
-    patch: int = 2  # transformer: side of a patch in pixels
     width: int = 192  # transformer: width
     depth: int = 6  # transformer: number of blocks
     # optimisation
@@ -76,7 +75,7 @@ class Config(Flags):
 def build(cfg, facts, device):
     """The process and the denoiser that cfg describes, for images facts["shape"] (C, H, W)."""
     (channels, H, W), classes = facts["shape"], len(facts["names"])
-    divisor = 2 ** (len(cfg.channels) - 1) if cfg.denoiser == "unet" else cfg.patch
+    divisor = 2 ** (len(cfg.channels) - 1) if cfg.denoiser == "unet" else 2
     if H % divisor or W % divisor:
         size = max(1, min(H, W) // divisor) * divisor
         raise UserError(f"images are {H} x {W}, but sides must divide by {divisor}: add --image_size {size}")
@@ -84,7 +83,7 @@ def build(cfg, facts, device):
     if cfg.denoiser == "unet":
         model = UNet(channels, cfg.channels, cfg.blocks, classes)
     else:
-        model = ImageTransformer(channels, cfg.width, cfg.depth, cfg.patch, classes)
+        model = ImageTransformer(channels, cfg.width, cfg.depth, classes=classes)
     try:
         process = Diffusion(*SCHEDULES[cfg.schedule](T), cfg.predict)
         SAMPLERS[cfg.sampler][1](process, cfg.steps)  # fail before training where it has no such steps
@@ -187,8 +186,7 @@ def train(cfg, images, device):
                 if cfg.distill:
                     loss = process.regression(run.model, noise[batch], t, x[batch], y[batch])
                 else:
-                    labels = drop_condition(y[batch], cfg.label_drop)
-                    loss = process.loss(run.model, scale(x[batch]), labels)
+                    loss = process.loss(run.model, scale(x[batch]), drop_condition(y[batch], cfg.label_drop))
             run.update(loss.mean())
             if run.due(cfg.sample_every):
                 rows = draw_rows(cfg, process, run.ema, facts)

@@ -64,8 +64,7 @@ def digits():
 
     raw = load_digits()
     x = (torch.as_tensor(raw.images) * (255 / 16)).round().to(torch.uint8)[:, None]  # from 0..16
-    y = torch.as_tensor(raw.target).long()
-    return Images(*split(x, y), [str(c) for c in raw.target_names])
+    return Images(*split(x, torch.as_tensor(raw.target).long()), [str(c) for c in raw.target_names])
 
 
 def from_torchvision(name, data_dir):
@@ -114,8 +113,6 @@ def find_images(root, above=()):
     images, others, here = [], Counter(), root.resolve()
     for path in sorted(root.iterdir()) if here not in above else []:
         kind = "hidden" if path.name.startswith(HIDDEN) else path.suffix.lower() or "without a suffix"
-        if path.name in ("last.pt", "log.csv"):
-            raise UserError(f"{path} belongs to a run, and its pictures are not data: move its folder away")
         if path.is_dir() and kind != "hidden":
             images += find_images(path, (*above, here))
         elif kind in SUFFIXES:

@@ -41,9 +41,7 @@ def read(path):
 
 
 def test_a_run_writes_its_files(trained):
-    for (
-        name
-    ) in "samples/grid.png samples/film.gif samples/000030.png log.csv curve.png classifier.pt".split():
+    for name in "samples/grid.png samples/film.gif samples/000030.png log.csv classifier.pt".split():
         assert (trained / name).stat().st_size > 60, name
     grid = Image.open(trained / "samples/grid.png")
     assert grid.height >= 10 * 8 * 7 and grid.width > grid.height  # ten enlarged rows and their labels
@@ -230,7 +228,7 @@ def test_a_run_leaves_the_notebook_as_it_was(trained):
     before = matplotlib.get_backend(auto_select=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # bright pictures, for one, are no reason to warn
-        imagen.main(imagen.Config(**read(trained)["config"]))  # a finished run: samples and curve
+        imagen.main(imagen.Config(**read(trained)["config"]))  # a finished run: samples
     assert matplotlib.get_backend(auto_select=False) == before
 
 

@@ -209,14 +209,6 @@ def test_links_are_followed_and_circles_are_not(tmp_path):
     refused(tmp_path / "pics", "e.png")
 
 
-@pytest.mark.parametrize("name", ["last.pt", "log.csv"])
-def test_the_folder_of_a_run_is_no_class(name, tmp_path):
-    folders_of_two(tmp_path, ["cats", "dogs", "out/cats/samples"])
-    assert load(tmp_path).names == ["cats", "dogs", "out"]
-    (tmp_path / "out/cats" / name).write_bytes(b"")
-    refused(tmp_path, name)
-
-
 def test_folders_around_all_images_are_no_class(tmp_path):
     pics = tmp_path / "archive [1]" / "pics"
     picture(pics / "a.png")
