@@ -19,7 +19,7 @@ from common.run import Flags, Run, UserError, autocast, check_config, load_model
 from diffusion import Masked
 from tasks import sudoku
 from tasks.load import TASKS, load_problems
-from tasks.problems import decode, encode, majority
+from tasks.problems import decode, encode
 
 
 @dataclass(frozen=True)
@@ -36,18 +36,18 @@ class Config(Flags):
     snapshot: float = 0.0  # multi: share of training chains with the model's own thoughts as context
     width: int = 128  # width of the transformer
     depth: int = 4  # number of blocks
+    loops: int = 1  # times that the blocks are applied, each time with the input added
     # optimisation
     max_steps: int = 800  # optimizer steps
     batch_size: int = 128  # problems per step, over all processes
     lr: float = 2e-3  # AdamW's learning rate after warm-up
-    muon_lr: float = 0.02  # Muon's, which trains the matrices of the blocks
     # sampling
     order: Literal["confident", "random"] = "confident"  # in which tokens are unmasked
     steps: int = 8  # evaluations of the denoiser for each thought, at most one for each token
     temperature: float = 0.0  # of the tokens that are drawn; 0 takes the likeliest
-    tries: int = 1  # at most so many for each problem, until a check of the rules accepts the answer
+    tries: int = 1  # at most so many for each problem, until the judge accepts the answer
+    judge: Literal["rules", "self"] = "rules"  # self: half of the answer, masked again, must come back
     try_temperature: float = 1.0  # of all tries but the first
-    votes: int = 1  # chains of which the most frequent answer counts; they differ with --temperature 0.5
     prompt: str | None = None  # with --load: a question of your own
     score_n: int = 500  # test problems of a score
     # the run
@@ -55,7 +55,9 @@ class Config(Flags):
 
     script: ClassVar = "reason"
     RECIPES: ClassVar = {
-        "sudoku": dict(train_n=1500, depth=6, batch_size=64, max_steps=7500, masks=(0.2, 0.8), shift=1.0)
+        "sudoku": dict(
+            train_n=1500, depth=2, loops=8, batch_size=64, max_steps=3000, masks=(0.2, 0.8), shift=1.0
+        )
         | dict(steps=81, try_temperature=2.5, score_n=300, sample_every=1000),
         "countdown": dict(passes="single", train_n=200_000, depth=6, max_steps=10_000, shift=1.0, steps=64)
         | dict(try_temperature=2.5, sample_every=1000),
@@ -70,6 +72,7 @@ class Config(Flags):
             (self.width % 16 == 0, "--width must be divisible by 16"),
             (not self.snapshot or self.passes == "multi", "--snapshot needs --passes multi"),
             (self.prompt is None or self.load, "--prompt needs a checkpoint: add --load out/NAME/last.pt"),
+            (self.prompt is None or self.prompt.strip(), "--prompt is empty: give a question as in the data"),
         )
 
 
@@ -78,7 +81,7 @@ def build(cfg, facts, device):
     q, *thoughts = facts["widths"]
     torch.manual_seed(cfg.seed)
     layout = Layout([q, *thoughts] if cfg.passes == "multi" else [q, sum(thoughts)], facts["axes"])
-    model = TokenTransformer(len(facts["alphabet"]) + 1, layout, cfg.width, cfg.depth)
+    model = TokenTransformer(len(facts["alphabet"]) + 1, layout, cfg.width, cfg.depth, loops=cfg.loops)
     return Masked(model.mask_id), model.to(device)
 
 
@@ -104,16 +107,13 @@ def think(cfg, model, ids):
             yield xt
 
 
-def answer(cfg, facts, model, questions):
-    """A chain for each question, 1,000 at a time: of cfg.votes the first with the most frequent answer."""
-    ids, votes = ask(facts, questions).to(next(model.parameters()).device), []
-    for i in range(cfg.votes):
-        voter, chains = replace(cfg, seed=cfg.seed + 1000 * i), []
-        for part in ids.split(1000):
-            *_, xt = think(voter, model, part)
-            chains += decode(facts, xt)
-        votes.append(chains)
-    return [majority(chains) for chains in zip(*votes, strict=True)]
+def answer(cfg, facts, model, questions, ids=None):
+    """A chain for each question. ids: (N, q + k), what is known of the chains; by default the questions."""
+    chains, ids = [], ask(facts, questions) if ids is None else ids
+    for part in ids.to(next(model.parameters()).device).split(1000):
+        *_, xt = think(cfg, model, part)
+        chains += decode(facts, xt)
+    return chains
 
 
 def at_try(cfg, i):
@@ -121,51 +121,70 @@ def at_try(cfg, i):
     return replace(cfg, seed=cfg.seed + i, temperature=cfg.try_temperature if i else cfg.temperature)
 
 
+def evaluations(cfg, model, ids):
+    """How many of the denoiser it takes to fill the masks in ids (N, q + k), of all N together."""
+    masked = (ids[:, model.layout.q :] == model.mask_id).split(model.layout.widths, dim=1)
+    return sum(block.sum(1).clamp(max=cfg.steps).sum().item() for block in masked)
+
+
+def judge(cfg, facts, model, questions, chains):
+    """Whether each chain is accepted, and the evaluations for that. By the rules, if there are any; or by the
+    model, if a chain comes back when a random half of what was asked is masked again. FRM 2606.29150."""
+    if cfg.judge == "rules":
+        check = TASKS[facts["task"]].check if facts["task"] else lambda *_: True
+        return list(map(check, questions, chains)), 0
+    ids, x = ask(facts, questions), torch.cat(columns(facts, zip(questions, chains, strict=True)), dim=1)
+    kept = torch.rand(ids.shape, generator=torch.Generator().manual_seed(cfg.seed)) < 0.5
+    ids = torch.where(kept & (ids == model.mask_id), x, ids)
+    again = answer(replace(cfg, temperature=0.0), facts, model, questions, ids)
+    return list(map(list.__eq__, again, chains)), evaluations(cfg, model, ids)
+
+
 def score(cfg, facts, model, problems, n):
     """Yield which of n test problems are right, and the mean evaluations for each, after each of cfg.tries.
-    An answer that the check refuses is tried again from the beginning."""
+    What the judge refuses is tried again from the beginning; if it refuses all tries, the first counts."""
     questions = [question for question, _ in problems.test[:n]]
-    masked = (ask(facts, questions)[:, model.layout.q :] == model.mask_id).split(model.layout.widths, dim=1)
-    cost = cfg.votes * sum(block.sum(1).clamp(max=cfg.steps) for block in masked)  # (n,): of a try
-    right, spent = [False] * len(questions), 0
+    left, chains, spent = list(range(len(questions))), {}, 0
     for i in range(cfg.tries):
-        left = [j for j in range(len(questions)) if not right[j]]
-        chains = answer(at_try(cfg, i), facts, model, [questions[j] for j in left])
-        spent += cost[left].sum().item()
-        for j, chain in zip(left, chains, strict=True):
-            right[j] = problems.check(questions[j], chain)
-        yield [*right], spent / len(questions)
+        how, asked = at_try(cfg, i), [questions[j] for j in left]
+        found = answer(how, facts, model, asked)
+        accepted, cost = judge(how, facts, model, asked, found)
+        spent += cost + evaluations(cfg, model, ask(facts, asked))
+        chains |= {j: found[n] for n, j in enumerate(left) if accepted[n] or not i}
+        left = [j for n, j in enumerate(left) if not accepted[n]]
+        right = [problems.check(question, chains[j]) for j, question in enumerate(questions)]
+        yield right, spent / len(questions)
 
 
 def report(cfg, facts, model, problems):
     """Print scores by evaluations, and after the first and the last try, of each kind of puzzle."""
-    kinds = [problems.kind(question) if problems.kind else "" for question, _ in problems.test[: cfg.score_n]]
+    kinds = [problems.kinds(question) for question, _ in problems.test[: cfg.score_n]]
     for steps in sorted({1, 4, cfg.steps}) if kinds else []:
         tries = cfg.tries if steps == cfg.steps else 1
         scores = list(score(replace(cfg, steps=steps, tries=tries), facts, model, problems, cfg.score_n))
         for i in sorted({1, tries}):
             right, spent = scores[i - 1]
             log(f"{steps} steps, {i} tries: {spent:.3g} evaluations each")
-            for kind in sorted(set(kinds)):
-                of_kind = [right[j] for j in range(len(kinds)) if kinds[j] == kind]
+            for kind in sorted(set().union(*kinds)):
+                of_kind = [right[j] for j in range(len(kinds)) if kind in kinds[j]]
                 log(f"  {kind} {sum(of_kind) / len(of_kind):.3f} of {len(of_kind)} are right")
 
 
 def show_answer(cfg, facts, model, question):
-    """Print how the chain of a question, or a puzzle, comes into focus in the first try that is right."""
-    check = TASKS[facts["task"]].check if facts["task"] else None
+    """Print how the chain of a question, or a puzzle, comes into focus in the first try that is accepted."""
     ids = ask(facts, [question]).to(next(model.parameters()).device)
     for i in range(cfg.tries):
-        states = list(think(at_try(cfg, i), model, ids))
-        if right := not check or check(question, decode(facts, states[-1])[0]):
+        how = at_try(cfg, i)
+        states = list(think(how, model, ids))
+        if judge(how, facts, model, [question], decode(facts, states[-1]))[0] == [True]:
             break
+    else:
+        log(f"not accepted in --tries {cfg.tries}: try more")
     shown = [decode(facts, states[(len(states) - 1) * i // 3])[0] for i in range(4)]
     rows = [question, *map(" | ".join, shown)]
     if facts["axes"]:  # the grids side by side
         rows = ["    ".join(" ".join(grid[i : i + 9]) for (grid,) in shown) for i in range(0, 81, 9)]
     log("\n".join(rows))
-    if not right:
-        log(f"not right in --tries {cfg.tries}: try more")
 
 
 def train(cfg, problems, device):
@@ -207,7 +226,8 @@ def snapshot(cfg, process, model, x0, clean, t):
     """x0 (B, k), with the model's own guesses at masked thoughts in a share cfg.snapshot of the chains.
     A later thought that sees these learns not to trust the earlier ones: DoT's scheduled sampling."""
     xt = process.q_sample(x0, t)
-    p = (model(xt, t, clean).float() / 3).softmax(-1)  # at temperature 1 it makes too few mistakes
+    logits = model(xt, t, clean).view(-1, *xt.shape, process.mask_id)[-1]  # of the last loop
+    p = (logits.float() / 3).softmax(-1)  # at temperature 1 it makes too few mistakes
     torch.clear_autocast_cache()  # its bf16 copies of the weights have no gradients
     guess = (p / torch.empty_like(p).exponential_()).argmax(-1)  # multinomial would wait for the device
     chosen = torch.rand(len(xt), 1, device=xt.device) < cfg.snapshot
@@ -222,12 +242,10 @@ def main(cfg):
         if cfg.prompt is not None:
             spaced = cfg.prompt.strip() if " " in facts["alphabet"] else "".join(cfg.prompt.split())
             question = sudoku.read(cfg.prompt) if facts["axes"] else spaced
-            if not question:
-                raise UserError("--prompt is empty: give a question as those of the data")
             return show_answer(cfg, facts, model, question)
     problems = load_problems(cfg.dataset, cfg.train_n, cfg.digits, cfg.test)
-    if cfg.tries > 1 and not problems.task:
-        raise UserError(f"--tries needs rules that tell a right answer: {cfg.dataset} has only the answers")
+    if cfg.tries > 1 and cfg.judge == "rules" and not problems.task:
+        raise UserError(f"{cfg.dataset} has answers, but no rules that tell a right one: add --judge self")
     log(f"{cfg.dataset}: {len(problems.train)} + {len(problems.test)} problems, such as {problems.train[0]}")
     if not cfg.load:
         return train(cfg, problems, pick_device())

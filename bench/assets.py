@@ -25,11 +25,13 @@ from tasks.problems import decode
 
 FRAMES = 32  # of forming.gif, all of it on one clock
 PUZZLE = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
+HARD = "................12..3..4...............15.6..27...8........7.......63.4.15.....9."  # 17 clues
 COPIES = {  # pictures that a run or a comparison has drawn
     "fashionmnist.png": "fashionmnist/samples/grid.png",
     "quality.png": "bench/images/quality.png",
     "reason.png": "bench/mult/curves.png",
     "tries.png": "bench/sudoku/tries.png",
+    "loops.png": "bench/sudoku/loops.png",
     "tokens.png": "bench/shakespeare/curves.png",
 }
 
@@ -138,6 +140,35 @@ def sudoku(path: Path) -> Figure:
     return figure
 
 
+def looping(path: Path, puzzle: str, steps: int = 6) -> list[Image.Image]:
+    """A puzzle in every loop of every evaluation: black is known, blue guessed, the darker the surer."""
+    _, model, facts = reason.load(path, "cpu")
+    cfg = replace(reason.Config(**saved_by(reason.Config, path)["config"]), steps=steps)
+    states = [xt[0] for xt in reason.think(cfg, model, reason.ask(facts, [puzzle]))]
+    font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 20)
+    small, frames = font.font_variant(size=13), []
+    for i, xt in enumerate(states):
+        with torch.no_grad():  # in training it returns the logits of all loops
+            loops = model.train()(xt[None], None, xt[None, :0])[:, 0].softmax(-1)
+        for loop, p in enumerate(loops[: 1 if i == steps else None], 1):
+            canvas = Image.new("RGB", (310, 334), "white")
+            draw = ImageDraw.Draw(canvas)
+            for cell in range(81):
+                x, y = 20 + 34 * (cell % 9), 20 + 34 * (cell // 9)
+                known, sure = xt[cell] != model.mask_id, p[cell].max().item()
+                digit = xt[cell] if known else p[cell].argmax()
+                grey = 0 if puzzle[cell] != "." else 110
+                colour = (grey, grey, grey) if known else (*[round(255 - 225 * sure**2)] * 2, 255)
+                draw.text((x, y), facts["alphabet"][digit - 1], colour, font, anchor="mm")
+            for k in range(10):
+                draw.line((3 + 34 * k, 3, 3 + 34 * k, 309), "black" if k % 3 == 0 else "lightgrey")
+                draw.line((3, 3 + 34 * k, 309, 3 + 34 * k), "black" if k % 3 == 0 else "lightgrey")
+            caption = f"evaluation {i + 1} of {steps}, loop {loop}" if i < steps else "solved"
+            draw.text((6, 321), caption, "black", small, anchor="lm")
+            frames.append(canvas.convert("P", palette=Image.Palette.ADAPTIVE, colors=32))
+    return frames
+
+
 def save_gif(frames: list[Image.Image], milliseconds: int, path: Path) -> None:
     times = [milliseconds] * (len(frames) - 1) + [3000]
     save_picture(frames[0], path, save_all=True, append_images=frames[1:], duration=times, loop=0)
@@ -150,9 +181,10 @@ def main(cfg: Config) -> None:
     teacher, student = runs / "fashionmnist/last.pt", runs / "fashionmnist-distilled/last.pt"
     save_picture(one_step(teacher, student), out / "one_step.png")
     sudoku(runs / "sudoku/last.pt").savefig(out / "sudoku.png", dpi=120)
+    save_gif(looping(runs / "sudoku/last.pt", HARD), 150, out / "loops.gif")
     for name, source in COPIES.items():
         shutil.copy(runs / source, out / name)
-    drawn = [*COPIES, "forming.gif", "writing.gif", "one_step.png", "sudoku.png"]
+    drawn = [*COPIES, "forming.gif", "writing.gif", "one_step.png", "sudoku.png", "loops.gif"]
     log(f"wrote {', '.join(sorted(drawn))} to {out}")
 
 

@@ -3,10 +3,11 @@
     python -m bench.reason                      ours, multi- and single-pass; GPT-2 with its chain and without
     python -m bench.reason --dataset sudoku     the same on another task; --run.NAME is the flag of reason.py
     python -m bench.reason --dataset sudoku --load out/sudoku/last.pt --tries 32     by evaluations and order
+    python -m bench.reason --dataset sudoku --load out/sudoku/last.pt --loops 4 8 16        by compute
     python -m bench.reason --correct            a thought is spoilt: do rounds of remasking save the answer?
 
-All networks are as wide and as deep as each other, and see the same problems for the same seconds. GPT-2
-writes by transformers' `generate`, with its cache; a puzzle's cells it reads and writes row after row.
+All networks are as wide and as deep as each other, each loop counted, and see the same problems for as many
+seconds. GPT-2 writes by transformers' `generate`, with its cache, a puzzle's cells row after row.
 Remasking (ReMDM) 2503.00307.
 """
 
@@ -49,6 +50,8 @@ class Config:
     score_n: int = 500  # test problems of a score
     every: int = 50  # steps between points of the learning curves
     load: str | None = None  # measure this checkpoint of reason.py instead
+    loops: tuple[int, ...] = ()  # load: over applications of a block instead, at these numbers of loops
+    beside: str | None = None  # loops: another checkpoint
     remask: tuple[float, ...] = (
         0.3,
     )  # shares of the tokens that are masked again: --correct; load: of a puzzle
@@ -88,7 +91,8 @@ def by_kind(right: list[bool], problems: Problems) -> dict[str, str]:
     """The share of right answers for each column of a table: puzzles by their number of clues."""
     kinds = {}
     for is_right, (question, _) in zip(right, problems.test, strict=False):
-        kinds.setdefault(problems.kind(question) if problems.kind else "right", []).append(is_right)
+        for kind in problems.kinds(question):
+            kinds.setdefault(kind or "right", []).append(is_right)
     return {f"{kind}, n={len(part)}": f"{share(part):.3f}" for kind, part in sorted(kinds.items())}
 
 
@@ -138,9 +142,8 @@ def remasked(cfg: reason.Config, model, ids: Tensor, x: Tensor, remask: float) -
 
 def think_on(cfg: reason.Config, model, ids: Tensor) -> tuple[Tensor, int]:
     """Ids (B, k) at the end of thinking from ids (B, q + k), and the evaluations of all B together."""
-    masked = (ids[:, model.layout.q :] == model.mask_id).split(model.layout.widths, dim=1)
     *_, xt = reason.think(cfg, model, ids)
-    return xt, sum(int(block.sum(1).clamp(max=cfg.steps).sum()) for block in masked)
+    return xt, reason.evaluations(cfg, model, ids)
 
 
 def try_remasked(run: reason.Config, facts: dict, model, problems: Problems, n: int, remask: float):
@@ -177,13 +180,15 @@ def measure(cfg: Config, problems: Problems, device: torch.device) -> None:
 
     for order in ("confident", "random"):
         for steps in (1, 2, 4, 8, 16, 32, 64):
-            once = replace(run, order=order, steps=steps, tries=1, votes=1)
+            once = replace(run, order=order, steps=steps, tries=1)
             fast = {}
             if order == "confident" and steps <= 8 and not problems.axes:
                 fast = rates(partial(reason.answer, once, facts, model), problems, n)
             add(f"{order}, one pass", once, reason.score(once, facts, model, problems, n), **fast)
     if cfg.tries > 1:
-        add("fresh tries", run, reason.score(run, facts, model, problems, n))
+        for judge in ("rules", "self"):
+            judged = replace(run, judge=judge)
+            add(f"fresh tries, judge: {judge}", judged, reason.score(judged, facts, model, problems, n))
     for remask in cfg.remask if cfg.tries > 1 else ():
         name = f"the {remask:.0%} least certain masked again"
         add(name, run, try_remasked(run, facts, model, problems, n, remask))
@@ -191,6 +196,28 @@ def measure(cfg: Config, problems: Problems, device: torch.device) -> None:
     if problems.axes:
         labels = dict(xlabel="evaluations for each puzzle", ylabel="solved of the hardest kind")
         draw(Path(cfg.out) / "tries.png", curves, ylim=(0, 1.02), **labels)
+
+
+def by_compute(cfg: Config, problems: Problems, device: torch.device) -> None:
+    """Print and draw what checkpoints solve over applications of a block: evaluations x loops x blocks."""
+    rows, curves = [], {}
+    for path in filter(None, (cfg.load, cfg.beside)):
+        process, model, facts = reason.load(path, device)
+        if facts != problems.facts:
+            raise UserError(f"{path} was trained on other problems than {cfg.dataset}")
+        run = reason.Config(**saved_by(reason.Config, path)["config"])
+        for loops in cfg.loops if run.loops > 1 else (1,):
+            model.transformer.loops, name = loops, f"{run.depth} blocks x {loops} loops"
+            for steps in (1, 2, 4, 8, 16, 32, 64):
+                how = replace(run, steps=steps, tries=1)
+                right, spent = next(reason.score(how, facts, model, problems, cfg.score_n))
+                applied = spent * run.depth * loops
+                curves.setdefault(name, []).append((applied, share(right)))
+                row = {"": name, "M parameters": millions(model), "evaluations each": f"{spent:.3g}"}
+                rows.append(row | {"applications": f"{applied:.3g}"} | by_kind(right, problems))
+    print_table(rows)
+    labels = dict(xlabel="applications of a block for each puzzle", ylabel="solved", xscale="log")
+    draw(Path(cfg.out) / "loops.png", curves, ylim=(0, 1.02), **labels)
 
 
 # -- GPT-2 -----------------------------------------------------------------------------------------------
@@ -214,7 +241,7 @@ class Writer:
         layout = Layout([0, len(axes), len(axes), 1], axes + axes + axes[:1]) if axes else None
         longest = self.questions.shape[1] + self.target.shape[1] + 1
         torch.manual_seed(cfg.seed)
-        self.model = QuestionGPT(small_gpt(self.V + 1, cfg.width, cfg.depth, longest), layout)
+        self.model = QuestionGPT(small_gpt(self.V + 1, cfg.width, cfg.depth * cfg.loops, longest), layout)
 
     def ask(self, questions: list[str]) -> Tensor:
         """Ids (N, q) of questions."""
@@ -405,7 +432,8 @@ def main(cfg: Config) -> None:
     problems = load_problems(cfg.dataset, run.train_n, run.digits, run.test)
     threads = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
     log(f"{cfg.dataset}: {len(problems.train)} training problems, seed {run.seed}; {device}, {threads}")
-    study = measure if cfg.load else self_correction if cfg.correct else compare
+    study = by_compute if cfg.loops else measure
+    study = study if cfg.load else self_correction if cfg.correct else compare
     study(cfg, problems, device)
 
 

@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 import tyro
 from filelock import FileLock, Timeout
-from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -31,14 +30,16 @@ RANK, WORLD = 0, 1
 if dist.is_torchelastic_launched():  # else these two are left over from something else
     RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 WARMUP, CLIP, EMA, LOG_EVERY = 100, 1.0, 0.999, 50
+MUON_LR = 0.02  # Muon's learning rate after warm-up
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PROGRESS = ("step", "seconds", "losses", "rows")  # attributes of a Run that its checkpoint keeps
 # Settings that a resumed run may change; all others must be those the checkpoint was trained with.
 FREE = frozenset(
-    "dataset out data_dir max_steps vae_steps diffusion_steps lr muon_lr precision compile sample_every "
-    "save_every resume load sampler order steps guidance temperature try_temperature tries votes prompt gap "
+    "dataset out data_dir max_steps vae_steps diffusion_steps lr precision compile sample_every "
+    "save_every resume load sampler order steps guidance temperature try_temperature tries judge prompt gap "
     "length samples classes score_n distill pairs".split()
 )
+FREE_TO_SAMPLE = FREE | {"seed", "loops", "test", "batch_size", "diffusion_batch"}  # with --load
 
 
 class UserError(Exception):
@@ -50,13 +51,6 @@ def log(text):
     if RANK == 0:
         with suppress(OSError):  # a training outlives its terminal
             print(text, flush=True)
-
-
-def save_text(lines, path):
-    """Print lines, and write them to a file."""
-    text = "\n".join([*lines, ""])
-    write_atomic(path, lambda file: file.write(text.encode()))
-    log(f"\n{text}wrote {path}")
 
 
 def run_script(Config, main, doc):
@@ -71,7 +65,7 @@ def run_script(Config, main, doc):
             new = Config.DISTILL if distill else dict(score_n=0, resume=False)
             with open_checkpoint(path, Config) as saved:
                 cfg = parse(default=Config(**saved["config"] | new))
-            same_settings(cfg, saved["config"], path, FREE | {"seed", "batch_size", "diffusion_batch"})
+            same_settings(cfg, saved["config"], path, FREE_TO_SAMPLE)
         else:
             recipe = Config.RECIPES.get(getattr(first, "size", None)) or Config.RECIPES.get(first.dataset, {})
             cfg = parse(default=Config(**recipe))
@@ -229,12 +223,11 @@ class Run(AbstractContextManager):
         if self.batch_size % WORLD:
             raise UserError(f"a batch of {self.batch_size} cannot be shared by {WORLD} processes")
         self.net, self.ema = model, copy.deepcopy(model).eval().requires_grad_(False)
-        matrices = set(muon)
-        others = [p for p in model.parameters() if p not in matrices]
+        others = [p for p in model.parameters() if p not in set(muon)]
         fused = device.type in ("cpu", "cuda")
         self.opts = [torch.optim.AdamW(others, lr=cfg.lr, weight_decay=0.0, fused=fused)]
         if muon:
-            self.opts += [torch.optim.Muon(muon, lr=cfg.muon_lr, weight_decay=0.0)]
+            self.opts += [torch.optim.Muon(muon, lr=MUON_LR, weight_decay=0.0)]
         self.step, self.seconds, self.losses, self.rows = 0, 0.0, [], []  # rows: of log.csv
         self.signal, self.handlers = 0, {}
         self.lock = FileLock(self.out / ".lock")
@@ -305,8 +298,6 @@ class Run(AbstractContextManager):
                     log(f"stopped at step {self.step} and saved: add --resume to the command to continue")
                     sys.exit(128 + int(stop))
         self._restore_handlers()
-        if RANK == 0:
-            self._draw_curve()
 
     def _on_signal(self, number, _):
         self.signal = number
@@ -351,10 +342,9 @@ class Run(AbstractContextManager):
         if not math.isfinite(loss):
             raise UserError(f"the loss is not finite by step {self.step}; {self.out} keeps the last good one")
         log(f"step {self.step}/{self.max_steps}  loss {loss:.4f}  {self.seconds:.0f} s")
-        self.rows.append((self.step, loss, lr, self.seconds))
+        self.rows.append(f"{self.step},{loss:.6f},{lr:.3g},{self.seconds:.2f}")
         if RANK == 0:
-            lines = [f"{step},{loss:.6f},{lr:.3g},{s:.2f}\n" for step, loss, lr, s in self.rows]
-            text = "".join(["step,loss,lr,seconds\n", *lines])
+            text = "\n".join(["step,loss,lr,seconds", *self.rows, ""])
             write_atomic(self.out / "log.csv", lambda file: file.write(text.encode()))
 
     def save(self):
@@ -380,10 +370,3 @@ class Run(AbstractContextManager):
             vars(self).update({name: old[name] for name in PROGRESS})
             self.losses = [loss.to(self.device) for loss in self.losses]
         log(f"loaded {path}, step {self.step} of {self.max_steps}")
-
-    def _draw_curve(self):
-        steps, losses, *_ = zip(*self.rows, strict=True)
-        axes = (figure := Figure(figsize=(6, 4), layout="constrained")).subplots()
-        axes.semilogy(steps, losses)
-        axes.set(xlabel="step", ylabel="training loss")
-        figure.savefig(self.out / "curve.png", dpi=120)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from blocks import Layout, TokenTransformer, bound, draw_masks, generate
-from diffusion import Masked, apply_rope, rope_table, unmask
+from diffusion import Masked, Transformer, apply_rope, modulate, rope_table, unmask
 
 V, WIDTHS = 7, [3, 2, 4, 3]
 AXES = [[i % 4, i // 4] for i in range(sum(WIDTHS))]  # three rows of four
@@ -19,18 +19,19 @@ def rng(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def random_model(widths=WIDTHS, vocabulary=V, axes=None, depth=2, rope=False):
+def random_model(widths=WIDTHS, vocabulary=V, axes=None, depth=2, rope=False, loops=1):
     """A denoiser with random weights everywhere: whatever it attends to changes its logits."""
     torch.manual_seed(0)
-    model = TokenTransformer(vocabulary, Layout(widths, axes), D=32, depth=depth, rope=rope)
+    model = TokenTransformer(vocabulary, Layout(widths, axes), D=32, depth=depth, rope=rope, loops=loops)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.3)
     return model.eval()
 
 
-@pytest.fixture(scope="module", params=["a line", "more axes", "rope"])
+@pytest.fixture(scope="module", params=["a line", "more axes", "rope", "loops"])
 def model(request):
-    return random_model(axes=AXES if request.param == "more axes" else None, rope=request.param == "rope")
+    axes, loops = AXES if request.param == "more axes" else None, 3 if request.param == "loops" else 1
+    return random_model(axes=axes, rope=request.param == "rope", loops=loops)
 
 
 def random_ids(model, B=4, seed=1):
@@ -75,6 +76,40 @@ def test_a_block_attends_to_its_own_tokens_and_to_every_clean_one_before_and_to_
             assert moved(xt, changed) == bool(model.layout.block_ids[position] < i)
         for position, changed in enumerate(each_changed(xt)):
             assert moved(changed, clean) == bool(block[position])
+
+
+# -- loops -----------------------------------------------------------------------------------------------
+
+
+def test_each_loop_applies_the_blocks_to_its_state_and_the_embedded_input():
+    """Against the loops written out; in training there are logits of each, otherwise of the last."""
+    torch.manual_seed(0)
+    transformer = Transformer(16, 2, 4, 5, loops=3)
+    for p in transformer.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    x, emb, wanted = torch.randn(2, 6, 16), torch.randn(2, 1, 16), []
+    h = torch.zeros_like(x)
+    for _ in range(3):
+        h = h + x
+        for block in transformer.blocks:
+            h, _ = block(h, emb, None, None, 6)
+        shift, scale = transformer.ada(emb).chunk(2, dim=-1)
+        wanted.append(transformer.head(modulate(h, scale, shift))[:, -4:])
+    logits, kv_cache = transformer(x, emb, 4)
+    torch.testing.assert_close(logits, torch.stack(wanted))
+    assert len(kv_cache) == 6
+    torch.testing.assert_close(transformer.eval()(x, emb, 4)[0], wanted[-1])
+    transformer.loops = 1
+    for mode in (True, False):
+        torch.testing.assert_close(transformer.train(mode)(x, emb, 4)[0], wanted[0])
+
+
+def test_the_loss_of_loops_is_their_weighted_mean():
+    x0, masked = torch.randint(V, (4, 6), generator=rng()), torch.rand(4, 6, generator=rng()) < 0.5
+    logits = torch.randn(3, 4, 6, V, generator=rng())
+    loops = [Masked(V).cross_entropies(lambda *_, i=i: logits[i], x0, masked) for i in range(3)]
+    found = Masked(V).cross_entropies(lambda *_: logits, x0, masked)
+    torch.testing.assert_close(found, (loops[0] + 2 * loops[1] + 3 * loops[2]) / 6)
 
 
 # -- more axes -------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import torch
 
 import reason
 from blocks import generate
+from common import run
 from diffusion import Masked
 from tasks import sudoku
 from tasks.load import load_problems
@@ -17,6 +18,7 @@ CPU = torch.device("cpu")
 SMALL = "--width 32 --depth 1 --batch_size 16 --train_n 300 --steps 2 --score_n 5 --precision fp32".split()
 MULT = ["--digits", 2, 1, *SMALL]
 SUDOKU = ["--dataset", "sudoku", *SMALL, "--train_n", 20]
+GRID = "534678912672195348198342567859761423426853791713924856961537284287419635345286179"
 PUZZLE = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
 
 
@@ -108,12 +110,33 @@ def test_settings_of_sampling_reach_the_chain(chains):
     assert not torch.equal(last["steps", 2], last["steps", 5])
 
 
-def test_the_most_frequent_answer_of_the_votes_counts(chains, monkeypatch):
-    cfg, facts, model, problems = chains
-    answers = iter([3, 4, 4, 5, 3])
-    monkeypatch.setattr(reason, "think", lambda cfg, model, ids: iter([ids]))
-    monkeypatch.setattr(reason, "decode", lambda *_: [[f"#### {next(answers)}"]])
-    assert reason.answer(dataclasses.replace(cfg, votes=4), facts, model, ["Tom?"]) == [["#### 4"]]
+@pytest.mark.parametrize("made", ["chains", "grids"])
+def test_the_model_accepts_what_comes_back_from_a_half_and_the_first_try_counts_if_it_accepts_none(
+    made, request, monkeypatch
+):
+    """With a model that finds, try after try, what `found` says, and in place of a half what `again` says."""
+    cfg, facts, model, problems = request.getfixturevalue(made)
+    problems = dataclasses.replace(problems, check=lambda question, chain: chain[0] == wanted)
+    wanted = GRID if made == "grids" else "<<1+1=2>>"
+    other = wanted.translate(str.maketrans("12", "21"))
+    asked = []
+
+    def answer(cfg, facts, model, questions, ids=None):
+        if ids is not None and questions:
+            asked.append((ids == model.mask_id).sum() / (reason.ask(facts, questions) == model.mask_id).sum())
+        return [[next(found if ids is None else again)] for _ in questions]
+
+    monkeypatch.setattr(reason, "answer", answer)
+    cfg = dataclasses.replace(cfg, tries=3, judge="self")
+    for first, back, right in [
+        ([other, wanted], [wanted, wanted], [False, True]),  # the second comes back
+        ([other, wanted, other], [wanted, other, wanted], [False, False, False]),  # none: the first counts
+        ([wanted], [wanted], [True]),  # one is enough
+    ]:
+        found, again = iter(first), iter(back)
+        scores = [flags for flags, _ in reason.score(cfg, facts, model, problems, 1)]
+        assert [flags[0] for flags in scores] == right + right[-1:] * (3 - len(right))
+    assert len(asked) == 6 and all(0.3 < share < 0.7 for share in asked)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 64])
@@ -191,7 +214,7 @@ def test_snapshots_stand_in_the_context_but_not_in_the_target(spy, tmp_path, cli
 
 
 def test_weights_that_are_not_finite_end_a_run_with_snapshots_in_a_message(tmp_path, cli):
-    flags = ["--snapshot", 0.9, "--lr", 1e9, "--muon_lr", 1e9, "--max_steps", 9, "--out", tmp_path]
+    flags = ["--snapshot", 0.9, "--lr", 1e9, "--max_steps", 9, "--out", tmp_path]
     status, printed = cli("reason", *MULT, *flags)
     assert status == 2 and "finite" in printed and "Traceback" not in printed
 
@@ -209,9 +232,10 @@ def test_a_puzzle_is_learned_from_full_grids_in_their_symmetries(spy, tmp_path, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("passes", ["multi", "single"])
-def test_chains_are_learned_by_heart(passes, tmp_path, cli):
+def test_chains_are_learned_by_heart(passes, tmp_path, cli, monkeypatch):
     network = "--train_n 20 --width 64 --depth 1 --batch_size 20 --max_steps 120 --score_n 1".split()
-    network += "--lr 1e-2 --muon_lr 0.05".split()
+    network += ["--lr", 1e-2]
+    monkeypatch.setattr(run, "MUON_LR", 0.05)
     status, printed = cli("reason", "--digits", 2, 1, "--passes", passes, *network, "--out", tmp_path)
     assert status == 0, printed
     _, model, facts = reason.load(tmp_path / "last.pt", CPU)
@@ -240,6 +264,17 @@ def test_interrupted_and_resumed_ends_with_the_same_bits(flags, tmp_path, cli):
         assert all(torch.equal(whole[part][name], half[part][name]) for name in whole[part])
 
 
+def test_every_loop_is_trained_and_a_checkpoint_samples_with_another_number(tmp_path, cli):
+    command = [*MULT, "--loops", 3, "--max_steps", 3, "--snapshot", 0.5, "--out", tmp_path]
+    status, printed = cli("reason", *command)
+    assert status == 0, printed
+    checkpoint = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert len(checkpoint["model"]) == len(reason.load(tmp_path / "last.pt", CPU)[1].state_dict())
+    scores = [cli("reason", "--load", tmp_path / "last.pt", "--score_n", 5, "--loops", n) for n in (3, 6)]
+    assert [status for status, _ in scores] == [0, 0]
+    assert cli("reason", *command, "--loops", 2)[0] == 2  # not in training
+
+
 # -- the script ------------------------------------------------------------------------------------------
 
 
@@ -259,7 +294,7 @@ def test_a_checkpoint_answers_without_its_problems(trained, cli, monkeypatch):
     monkeypatch.setattr(reason, "load_problems", None)
     prompts = dict(mult="2 1*3", sudoku=PUZZLE, file="Tom has 99 pens and buys 5. How many?")
     for name, prompt in prompts.items():
-        for flags in ([], ["--votes", 3, "--temperature", 0.5, *(["--tries", 2] if name != "file" else [])]):
+        for flags in ([], ["--tries", 2, "--judge", "self"]):
             status, printed = cli("reason", "--load", trained / name / "last.pt", "--prompt", prompt, *flags)
             assert status == 0, printed
 
@@ -295,7 +330,20 @@ def test_a_score_is_by_kinds_and_only_rules_can_tell_a_try_that_is_right(trained
     assert status == 0 and all(printed.count(kind) == 4 for kind in ("29 clues", "33 clues", "minimal"))
     status, printed = cli("reason", "--load", trained / "mult/last.pt", "--score_n", 7)
     assert status == 0 and printed.count("of 7") == 3  # 1, 4 and 8 steps
-    assert cli("reason", "--load", trained / "file/last.pt", "--score_n", 2, "--tries", 2)[0] == 2
+    command = ["--load", trained / "file/last.pt", "--score_n", 2, "--tries", 2]
+    status, printed = cli("reason", *command)
+    assert status == 2 and "--judge self" in printed
+    assert cli("reason", *command, "--judge", "self")[0] == 0
+
+
+def test_puzzles_of_a_file_are_scored_by_their_own_kinds(trained, tmp_path, cli):
+    (tmp_path / "hard.csv").write_text(f"question,answer,rating\n{PUZZLE},{GRID},0\n")
+    command = ["--load", trained / "sudoku/last.pt", "--test", tmp_path / "hard.csv", "--score_n", 9]
+    status, printed = cli("reason", *command)
+    assert status == 0, printed
+    assert printed.count("30 clues 0.000 of 1") == 3
+    (tmp_path / "hard.csv").write_text("question,answer\n")
+    assert cli("reason", *command)[0] == 2
 
 
 def test_a_finished_run_is_loaded_and_other_settings_or_data_are_refused(trained, cli):

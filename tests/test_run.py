@@ -38,7 +38,7 @@ class Config(Flags):
     max_steps: int = 10
     batch_size: int = 4
     lr: float = 1e-2
-    muon_lr: float = 0.0  # above 0, Muon trains the matrix
+    muon: bool = False  # Muon trains the matrix
     save_every: int = 4
     width: int = 1
 
@@ -48,15 +48,15 @@ class Config(Flags):
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    for name, value in dict(WARMUP=4, EMA=0.9, LOG_EVERY=3).items():
+    for name, value in dict(WARMUP=4, EMA=0.9, LOG_EVERY=3, MUON_LR=0.05).items():
         monkeypatch.setattr(runs, name, value)
 
 
 def begin(cfg, inputs=3, samples=32):
     torch.manual_seed(cfg.seed)
     net = torch.nn.Linear(inputs, 1)
-    runs.WARMUP = 2 if cfg.muon_lr else 4  # which is four steps: with Muon it is twice as long
-    muon = dict(muon=[net.weight], cooldown=0.4) if cfg.muon_lr else {}
+    runs.WARMUP = 2 if cfg.muon else 4  # which is four steps: with Muon it is twice as long
+    muon = dict(muon=[net.weight], cooldown=0.4) if cfg.muon else {}
     return Run(cfg, net, dict(samples=samples), CPU, **muon)
 
 
@@ -104,14 +104,14 @@ def test_batches_are_permutations_and_a_function_of_seed_and_step():
     assert not torch.equal(batch_indices(100, 8, 0, 5), batch_indices(100, 8, 1, 5))
 
 
-@pytest.mark.parametrize("muon_lr", [0.0, 0.05])
-def test_update_is_the_optimizers_with_warmup_clipping_and_a_ramped_ema(muon_lr, tmp_path):
+@pytest.mark.parametrize("muon", [False, True])
+def test_update_is_the_optimizers_with_warmup_clipping_and_a_ramped_ema(muon, tmp_path):
     """Against the same three steps written out."""
-    run = toy(Config(str(tmp_path / "a"), max_steps=3, muon_lr=muon_lr))
+    run = toy(Config(str(tmp_path / "a"), max_steps=3, muon=muon))
     torch.manual_seed(0)
     net = torch.nn.Linear(3, 1)
-    opts = [torch.optim.AdamW([net.bias] if muon_lr else net.parameters(), lr=1e-2, weight_decay=0.0)]
-    opts += [torch.optim.Muon([net.weight], lr=muon_lr, weight_decay=0.0)] if muon_lr else []
+    opts = [torch.optim.AdamW([net.bias] if muon else net.parameters(), lr=1e-2, weight_decay=0.0)]
+    opts += [torch.optim.Muon([net.weight], lr=0.05, weight_decay=0.0)] if muon else []
     ema = None
     for step in (1, 2, 3):
         batch = batch_indices(32, 4, 0, step)
@@ -122,7 +122,7 @@ def test_update_is_the_optimizers_with_warmup_clipping_and_a_ramped_ema(muon_lr,
         assert norm > 1  # the clipping is on
         for p in net.parameters():
             p.grad /= norm
-        for opt, lr in zip(opts, [1e-2, muon_lr], strict=False):
+        for opt, lr in zip(opts, [1e-2, 0.05], strict=False):
             opt.param_groups[0]["lr"] = lr * step / 4
             opt.step()
             opt.zero_grad()
@@ -140,14 +140,14 @@ def test_rates_rise_in_the_warmup_and_fall_to_0_in_the_cooldown(tmp_path):
     def at(run):
         rates.append([opt.param_groups[0]["lr"] for opt in run.opts])
 
-    toy(Config(str(tmp_path), muon_lr=0.05), at=at)
+    toy(Config(str(tmp_path), muon=True), at=at)
     shares = [0.25, 0.5, 0.75, 1, 1, 1, 1, 0.75, 0.5, 0.25]
     assert [lr / 1e-2 for lr, _ in rates] == pytest.approx(shares)
     assert [lr / 0.05 for _, lr in rates] == pytest.approx(shares)
 
 
 def test_every_parameter_is_stepped_once_by_one_optimizer(tmp_path):
-    run = toy(Config(str(tmp_path), muon_lr=0.05))
+    run = toy(Config(str(tmp_path), muon=True))
     grouped = [p for opt in run.opts for p in opt.param_groups[0]["params"]]
     assert sorted(map(id, grouped)) == sorted(map(id, run.net.parameters()))
     assert all(state["step"] == 10 for state in run.opts[0].state.values())
@@ -161,8 +161,8 @@ def log_of(path):
         return [(row["step"], row["loss"], row["lr"]) for row in csv.DictReader(file)]
 
 
-@pytest.mark.parametrize("muon_lr", [0.0, 0.05])
-def test_resume_ends_with_the_same_bits_and_the_same_log(muon_lr, tmp_path):
+@pytest.mark.parametrize("muon", [False, True])
+def test_resume_ends_with_the_same_bits_and_the_same_log(muon, tmp_path):
     """Killed at step 7, after the save of step 4, which is no step of the log."""
 
     class Killed(BaseException):
@@ -172,7 +172,7 @@ def test_resume_ends_with_the_same_bits_and_the_same_log(muon_lr, tmp_path):
         if run.step == 7:
             raise Killed
 
-    cfg = Config(str(tmp_path / "whole"), muon_lr=muon_lr)
+    cfg = Config(str(tmp_path / "whole"), muon=muon)
     toy(cfg)
     parts = replace(cfg, out=str(tmp_path / "parts"))
     with pytest.raises(Killed):
