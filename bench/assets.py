@@ -10,7 +10,6 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 import imagen
@@ -24,7 +23,6 @@ from diffusion import trajectory
 from tasks.problems import decode
 
 FRAMES = 32  # of forming.gif, all of it on one clock
-PUZZLE = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
 HARD = "................12..3..4...............15.6..27...8........7.......63.4.15.....9."  # 17 clues
 COPIES = {  # pictures that a run or a comparison has drawn
     "fashionmnist.png": "fashionmnist/samples/grid.png",
@@ -77,18 +75,18 @@ def review(path: Path) -> list[str]:
     return writer.write(torch.cat(evenly([xt for _, xt, _ in steps])))
 
 
-def thinking(path: Path, question: str) -> tuple[list, list[str]]:
-    """The ids (1, k) of a question's answer at every step, and the thoughts in them, "_" where masked."""
+def thinking(path: Path, question: str) -> list[str]:
+    """The thoughts of a question's answer at every step, "_" where masked."""
     _, model, facts = reason.load(path, "cpu")
     cfg = reason.Config(**saved_by(reason.Config, path)["config"])
-    states = list(reason.think(cfg, model, reason.ask(facts, [question])))
-    return [(xt == model.mask_id)[0] for xt in states], [" | ".join(decode(facts, xt)[0]) for xt in states]
+    states = reason.think(cfg, model, reason.ask(facts, [question]))
+    return [" | ".join(decode(facts, xt)[0]) for xt in states]
 
 
 def forming(runs: Path) -> list[Image.Image]:
     """Images in a row, the review below, then the chain of a multiplication."""
     font, frames = ImageFont.load_default(15), []
-    chain = evenly(thinking(runs / "mult/last.pt", "337*24")[1])
+    chain = evenly(thinking(runs / "mult/last.pt", "337*24"))
     shown, written = images(runs / "fashionmnist/last.pt"), review(runs / "grammar/diffusion/last.pt")
     for x, text, thoughts in zip(shown, written, chain, strict=True):
         canvas = Image.new("RGB", (760, 206), "white")
@@ -119,25 +117,6 @@ def writing(path: Path) -> list[Image.Image]:
         ImageDraw.Draw(canvas).multiline_text((12, 10), "\n".join(lines), fill="black", font=font, spacing=3)
         frames.append(canvas.convert("P", palette=Image.Palette.ADAPTIVE, colors=16))
     return frames
-
-
-def sudoku(path: Path) -> Figure:
-    """A solved puzzle, each cell in the colour of the evaluation that settled it; clues are white."""
-    masks, grids = thinking(path, PUZZLE)
-    when = sum(mask.long() for mask in masks).view(9, 9).float()
-    figure = Figure(figsize=(4.6, 4), layout="constrained")
-    ax = figure.subplots()
-    image = ax.imshow(when.masked_fill(when == 0, torch.nan), cmap="viridis_r", alpha=0.6)
-    for cell, digit in enumerate(grids[-1]):
-        row, column = divmod(cell, 9)
-        weight = "bold" if PUZZLE[cell] != "." else "normal"
-        ax.text(column, row, digit, weight=weight, ha="center", va="center")
-    for edge in (2.5, 5.5):
-        ax.axhline(edge, color="black")
-        ax.axvline(edge, color="black")
-    ax.set(xticks=[], yticks=[])
-    figure.colorbar(image, label="settled at evaluation")
-    return figure
 
 
 def looping(path: Path, puzzle: str, steps: int = 6) -> list[Image.Image]:
@@ -180,11 +159,10 @@ def main(cfg: Config) -> None:
     save_gif(writing(runs / "shakespeare/last.pt"), 100, out / "writing.gif")
     teacher, student = runs / "fashionmnist/last.pt", runs / "fashionmnist-distilled/last.pt"
     save_picture(one_step(teacher, student), out / "one_step.png")
-    sudoku(runs / "sudoku/last.pt").savefig(out / "sudoku.png", dpi=120)
     save_gif(looping(runs / "sudoku/last.pt", HARD), 150, out / "loops.gif")
     for name, source in COPIES.items():
         shutil.copy(runs / source, out / name)
-    drawn = [*COPIES, "forming.gif", "writing.gif", "one_step.png", "sudoku.png", "loops.gif"]
+    drawn = [*COPIES, "forming.gif", "writing.gif", "one_step.png", "loops.gif"]
     log(f"wrote {', '.join(sorted(drawn))} to {out}")
 
 

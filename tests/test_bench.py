@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bench import images, reason, runs, text, timing
+from bench import assets, images, reason, runs, text, timing
 from bench.gpt import LabelGPT, WindowGPT, mean_nats
 from blocks import Layout, bound, generate
 from common.images import load_images
@@ -271,13 +271,18 @@ def test_images_beside_peers_and_the_measures_of_a_run(call, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("dataset", ["mult", "sudoku"])
 def test_reasoning_beside_gpt2_and_the_measures_of_a_run(call, tmp_path, dataset):
-    flags = f"--dataset {dataset} {REASON} --tries 2 --evaluations 2 --out OUT"
+    flags = f"--dataset {dataset} {REASON} --run.loops 2 --tries 2 --evaluations 2 --out OUT"
     printed = call("bench.reason", flags)
     assert "| ours, multi-pass |" in printed and "| GPT-2, chain |" in printed
-    assert "step 5" not in call("bench.reason", flags)  # what is finished is loaded
+    assert "step 5, " not in call("bench.reason", flags)  # what is finished is loaded
     printed = call("bench.reason", f"{flags} --load OUT/multi/last.pt")
     assert "fresh tries" in printed and "masked again" in printed
     assert (tmp_path / "tries.png").exists() == (dataset == "sudoku")
+    if dataset == "sudoku":
+        run = f"{flags} --load OUT/multi/last.pt"
+        printed = call("bench.reason", f"{run} --loops 2 3 --beside OUT/multi/last.pt")
+        assert printed.count("| 1 blocks x 3 loops |") == 14 and (tmp_path / "loops.png").exists()
+        assert len(assets.looping(tmp_path / "multi/last.pt", assets.HARD, steps=2)) == 2 * 2 + 1
 
 
 @pytest.mark.slow
