@@ -28,7 +28,7 @@ class Config(Flags):
     dataset: str = "mult"  # mult, countdown, sudoku (made here), gsm8k (hub), or a file or folder of problems
     digits: tuple[int, int] = (3, 2)  # mult: of the two factors
     train_n: int = 50_000  # training problems, or as many as there are
-    test: str | None = None  # a file of test problems, instead of those of the data set
+    test: str | None = None  # a file of test problems; sudoku: 81 cells a line, or a csv, also with solutions
     # diffusion and denoiser
     passes: Literal["multi", "single"] = "multi"  # a thought at a time, or the whole chain at once
     masks: tuple[float, float] = (0.0, 1.0)  # least and largest share of masked tokens in training
@@ -36,7 +36,7 @@ class Config(Flags):
     snapshot: float = 0.0  # multi: share of training chains with the model's own thoughts as context
     width: int = 128  # width of the transformer
     depth: int = 4  # number of blocks
-    loops: int = 1  # times that the blocks are applied, each time with the input added
+    loops: int = 1  # how many times the blocks are applied, the input added each time
     # optimisation
     max_steps: int = 800  # optimizer steps
     batch_size: int = 128  # problems per step, over all processes
@@ -49,7 +49,7 @@ class Config(Flags):
     judge: Literal["rules", "self"] = "rules"  # self: half of the answer, masked again, must come back
     try_temperature: float = 1.0  # of all tries but the first
     prompt: str | None = None  # with --load: a question of your own
-    score_n: int = 500  # test problems of a score
+    score_n: int = 500  # test problems of a score, the first ones
     # the run
     sample_every: int = 500  # steps between scores of 200 test problems
 
@@ -130,10 +130,10 @@ def evaluations(cfg, model, ids):
 def judge(cfg, facts, model, questions, chains):
     """Whether each chain is accepted, and the evaluations for that. By the rules, if there are any; or by the
     model, if a chain comes back when a random half of what was asked is masked again. FRM 2606.29150."""
-    if cfg.judge == "rules":
+    if cfg.judge == "rules" or cfg.tries == 1:
         check = TASKS[facts["task"]].check if facts["task"] else lambda *_: True
         return list(map(check, questions, chains)), 0
-    ids, x = ask(facts, questions), torch.cat(columns(facts, zip(questions, chains, strict=True)), dim=1)
+    ids, x = ask(facts, questions), torch.cat(columns(facts, zip(questions, chains, strict=True)), 1)
     kept = torch.rand(ids.shape, generator=torch.Generator().manual_seed(cfg.seed)) < 0.5
     ids = torch.where(kept & (ids == model.mask_id), x, ids)
     again = answer(replace(cfg, temperature=0.0), facts, model, questions, ids)
@@ -180,6 +180,7 @@ def show_answer(cfg, facts, model, question):
             break
     else:
         log(f"not accepted in --tries {cfg.tries}: try more")
+        states = list(think(cfg, model, ids))
     shown = [decode(facts, states[(len(states) - 1) * i // 3])[0] for i in range(4)]
     rows = [question, *map(" | ".join, shown)]
     if facts["axes"]:  # the grids side by side
@@ -241,8 +242,7 @@ def main(cfg):
             raise UserError(f"{cfg.load} was trained on other problems than {cfg.dataset}")
         if cfg.prompt is not None:
             spaced = cfg.prompt.strip() if " " in facts["alphabet"] else "".join(cfg.prompt.split())
-            question = sudoku.read(cfg.prompt) if facts["axes"] else spaced
-            return show_answer(cfg, facts, model, question)
+            return show_answer(cfg, facts, model, sudoku.read(cfg.prompt) if facts["axes"] else spaced)
     problems = load_problems(cfg.dataset, cfg.train_n, cfg.digits, cfg.test)
     if cfg.tries > 1 and cfg.judge == "rules" and not problems.task:
         raise UserError(f"{cfg.dataset} has answers, but no rules that tell a right one: add --judge self")
@@ -250,7 +250,7 @@ def main(cfg):
     if not cfg.load:
         return train(cfg, problems, pick_device())
     if problems.facts != facts:
-        raise UserError(f"{cfg.load} was trained on other problems than {cfg.dataset}")
+        raise UserError(f"{cfg.load} was trained on other problems than {cfg.dataset}, or on some of --test")
     show_answer(cfg, facts, model, problems.test[0][0])
     report(cfg, facts, model, problems)
 

@@ -21,6 +21,7 @@ from common.pictures import picture, save_picture
 from common.run import log
 from diffusion import trajectory
 from tasks.problems import decode
+from tasks.sudoku import check
 
 FRAMES = 32  # of forming.gif, all of it on one clock
 HARD = "................12..3..4...............15.6..27...8........7.......63.4.15.....9."  # 17 clues
@@ -120,7 +121,7 @@ def writing(path: Path) -> list[Image.Image]:
 
 
 def looping(path: Path, puzzle: str, steps: int = 6) -> list[Image.Image]:
-    """A puzzle in every loop of every evaluation: black is known, blue guessed, the darker the surer."""
+    """A puzzle in every loop of every evaluation: blue is a guess, the darker the surer."""
     _, model, facts = reason.load(path, "cpu")
     cfg = replace(reason.Config(**saved_by(reason.Config, path)["config"]), steps=steps)
     states = [xt[0] for xt in reason.think(cfg, model, reason.ask(facts, [puzzle]))]
@@ -142,7 +143,9 @@ def looping(path: Path, puzzle: str, steps: int = 6) -> list[Image.Image]:
             for k in range(10):
                 draw.line((3 + 34 * k, 3, 3 + 34 * k, 309), "black" if k % 3 == 0 else "lightgrey")
                 draw.line((3, 3 + 34 * k, 309, 3 + 34 * k), "black" if k % 3 == 0 else "lightgrey")
-            caption = f"evaluation {i + 1} of {steps}, loop {loop}" if i < steps else "solved"
+            caption = f"evaluation {i + 1} of {steps}, loop {loop}"
+            if i == steps:
+                caption = "solved" if check(puzzle, decode(facts, xt[None])[0]) else "not solved"
             draw.text((6, 321), caption, "black", small, anchor="lm")
             frames.append(canvas.convert("P", palette=Image.Palette.ADAPTIVE, colors=32))
     return frames

@@ -14,7 +14,7 @@ Remasking (ReMDM) 2503.00307.
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -46,7 +46,7 @@ class Config:
     seconds: float = 300.0  # training seconds of each
     ways: tuple[Literal["multi", "single", "chain", "answer"], ...] = ("multi", "single", "chain", "answer")
     evaluations: tuple[int, ...] = (1, 8)  # of ours, for each thought
-    tries: int = 1  # of each problem, until the rules accept an answer
+    tries: int = 1  # of each problem, until the judge accepts an answer
     score_n: int = 500  # test problems of a score
     every: int = 50  # steps between points of the learning curves
     load: str | None = None  # measure this checkpoint of reason.py instead
@@ -68,7 +68,12 @@ class Config:
         return Config(**settings)
 
     def __post_init__(self):
-        check_config(self, (self.score_n > 0, "--score_n must be at least 1"))
+        check_config(
+            self,
+            (self.score_n > 0, "--score_n must be at least 1"),
+            (self.load or not self.loops, "--loops needs a checkpoint: add --load out/NAME/last.pt"),
+            (all(n > 0 for n in self.loops), "--loops must be at least 1"),
+        )
 
 
 def in_folder(cfg: Config, name: str, **settings) -> reason.Config:
@@ -88,7 +93,7 @@ def right_of(ask: Ask, problems: Problems, n: int) -> list[bool]:
 
 
 def by_kind(right: list[bool], problems: Problems) -> dict[str, str]:
-    """The share of right answers for each column of a table: puzzles by their number of clues."""
+    """The share of right answers for each column of a table: puzzles by their kinds."""
     kinds = {}
     for is_right, (question, _) in zip(right, problems.test, strict=False):
         for kind in problems.kinds(question):
@@ -173,7 +178,8 @@ def measure(cfg: Config, problems: Problems, device: torch.device) -> None:
     def add(name: str, how: reason.Config, points, **more) -> None:
         for i, (right, spent) in enumerate(points, 1):
             shares = by_kind(right, problems)
-            curves.setdefault(name, []).append((spent, float(min(shares.values()))))
+            of_all = [value for kind, value in shares.items() if kind.startswith("all")]
+            curves.setdefault(name, []).append((spent, float(min(of_all or shares.values()))))
             if i & (i - 1) == 0:  # powers of two
                 row = {"": name, "steps a thought": how.steps, "tries": i, "evaluations each": f"{spent:.3g}"}
                 rows.append(row | shares | more)
@@ -207,7 +213,7 @@ def by_compute(cfg: Config, problems: Problems, device: torch.device) -> None:
             raise UserError(f"{path} was trained on other problems than {cfg.dataset}")
         run = reason.Config(**saved_by(reason.Config, path)["config"])
         for loops in cfg.loops if run.loops > 1 else (1,):
-            model.transformer.loops, name = loops, f"{run.depth} blocks x {loops} loops"
+            model.transformer.loops, name = loops, f"{Path(path).parent.name}, {loops} loops"
             for steps in (1, 2, 4, 8, 16, 32, 64):
                 how = replace(run, steps=steps, tries=1)
                 right, spent = next(reason.score(how, facts, model, problems, cfg.score_n))
@@ -430,6 +436,7 @@ def self_correction(cfg: Config, problems: Problems, device: torch.device) -> No
 def main(cfg: Config) -> None:
     cfg, device, run = resolve_out(cfg), pick_device(), cfg.run
     problems = load_problems(cfg.dataset, run.train_n, run.digits, run.test)
+    problems.kinds = lru_cache(maxsize=None)(problems.kinds)
     threads = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
     log(f"{cfg.dataset}: {len(problems.train)} training problems, seed {run.seed}; {device}, {threads}")
     study = by_compute if cfg.loops else measure

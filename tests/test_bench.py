@@ -281,7 +281,7 @@ def test_reasoning_beside_gpt2_and_the_measures_of_a_run(call, tmp_path, dataset
     if dataset == "sudoku":
         run = f"{flags} --load OUT/multi/last.pt"
         printed = call("bench.reason", f"{run} --loops 2 3 --beside OUT/multi/last.pt")
-        assert printed.count("| 1 blocks x 3 loops |") == 14 and (tmp_path / "loops.png").exists()
+        assert printed.count("| multi, 3 loops |") == 14 and (tmp_path / "loops.png").exists()
         assert len(assets.looping(tmp_path / "multi/last.pt", assets.HARD, steps=2)) == 2 * 2 + 1
 
 

@@ -20,6 +20,7 @@ import imagen
 README, RESULTS, NOTES = (
     (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/results.md", "docs/notes.md")
 )
+PUZZLE = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
 TINY = "--width 32 --depth 1 "
 SIZE = dict(
     imagen=TINY + "--channels 8 16 --blocks 1 1 --batch_size 16 --max_steps 2 --score_n 40",
@@ -116,7 +117,7 @@ def write_data(folder):
         for i in range(40)
     ]
     (folder / "problems.jsonl").write_text("\n".join(map(json.dumps, problems)))
-    (folder / "puzzles.csv").write_text(f"question,rating\n{'53..7...6' * 9},0\n")
+    (folder / "puzzles.csv").write_text(f"question,rating\n{PUZZLE},0\n")
     (folder / "valid.txt").write_text("5 6 3 2 * 7 4 3 4||5 5 5 6 1 + 0 0 6 4 9 0 #### 5 5 6 0 8 2 0 1\n" * 9)
 
 

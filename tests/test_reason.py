@@ -9,7 +9,7 @@ import torch
 import reason
 from blocks import generate
 from common import run
-from diffusion import Masked
+from diffusion import Masked, Transformer
 from tasks import sudoku
 from tasks.load import load_problems
 from tasks.problems import END, decode
@@ -264,14 +264,23 @@ def test_interrupted_and_resumed_ends_with_the_same_bits(flags, tmp_path, cli):
         assert all(torch.equal(whole[part][name], half[part][name]) for name in whole[part])
 
 
-def test_every_loop_is_trained_and_a_checkpoint_samples_with_another_number(tmp_path, cli):
+def test_every_loop_is_trained_and_a_checkpoint_samples_with_another_number(tmp_path, cli, monkeypatch):
+    shapes, forward = [], Transformer.forward
+
+    def spied(self, h, *args, **kwargs):
+        outputs, kv_cache = forward(self, h, *args, **kwargs)
+        shapes.append((self.training, len(outputs) if outputs.dim() == 4 else 1, len(kv_cache)))
+        return outputs, kv_cache
+
+    monkeypatch.setattr(Transformer, "forward", spied)
     command = [*MULT, "--loops", 3, "--max_steps", 3, "--snapshot", 0.5, "--out", tmp_path]
     status, printed = cli("reason", *command)
     assert status == 0, printed
-    checkpoint = torch.load(tmp_path / "last.pt", weights_only=True)
-    assert len(checkpoint["model"]) == len(reason.load(tmp_path / "last.pt", CPU)[1].state_dict())
-    scores = [cli("reason", "--load", tmp_path / "last.pt", "--score_n", 5, "--loops", n) for n in (3, 6)]
-    assert [status for status, _ in scores] == [0, 0]
+    assert set(shapes) == {(True, 3, 3), (False, 1, 3)}
+    for loops in (3, 6):
+        shapes.clear()
+        assert cli("reason", "--load", tmp_path / "last.pt", "--score_n", 5, "--loops", loops)[0] == 0
+        assert set(shapes) == {(False, 1, loops)}
     assert cli("reason", *command, "--loops", 2)[0] == 2  # not in training
 
 

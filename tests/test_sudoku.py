@@ -134,6 +134,9 @@ def test_puzzles_are_read_from_lines_and_from_fields(text, tmp_path):
         f"{PUZZLE}\nquestion,answer\n",
         f"{PUZZLE},{changed(GRID, 3, '9')}\n",  # not its solution
         f"{GRID},{PUZZLE}\n",
+        f"{PUZZLE.replace('.', '-')},{GRID}\n",  # its solution is not the puzzle
+        f"{PUZZLE[1:]},{GRID}\n",
+        f"{GRID}\n",
         f"{PUZZLE},{GRID},{PUZZLE}\n",
     ],
 )
@@ -144,11 +147,13 @@ def test_a_line_that_is_no_puzzle_is_refused(text, tmp_path):
 
 
 def test_kinds_are_clues_and_the_wrong_guesses_of_a_search():
-    assert kinds(PUZZLE) == ["all", "30 clues", "0 or more wrong guesses"]
+    assert kinds(PUZZLE) == ["all", "30 clues", "no wrong guesses"]
     for puzzle, _ in problems(1).test[::50]:
         guesses = list(solve(puzzle)).index(solutions(puzzle)[0])
-        low = int(kinds(puzzle)[2].split()[0])
-        assert guesses == low == 0 or low <= guesses < 10 * low
+        low, _, high = kinds(puzzle)[2].removesuffix(" wrong guesses").partition(" to ")
+        assert guesses == 0 if low == "no" else int(low) <= guesses <= int(high)
+    with pytest.raises(UserError, match="no solution"):
+        kinds("55" + "." * 79)
     assert kinds(LONG)[1:] == ["17 clues", "1000 or more wrong guesses"]
 
 
