@@ -147,7 +147,7 @@ def looping(path: Path, puzzle: str, steps: int = 6) -> list[Image.Image]:
             if i == steps:
                 caption = "solved" if check(puzzle, decode(facts, xt[None])[0]) else "not solved"
             draw.text((6, 321), caption, "black", small, anchor="lm")
-            frames.append(canvas.convert("P", palette=Image.Palette.ADAPTIVE, colors=32))
+            frames.append(canvas.convert("P", palette=Image.Palette.ADAPTIVE, colors=64))
     return frames
 
 
