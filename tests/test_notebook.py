@@ -47,7 +47,7 @@ def test_the_notebook_runs(tmp_path, fake_fashionmnist):
     notebook = nbformat.read(PATH, as_version=4)
     for cell in notebook.cells:
         cell.source = re.sub(r"max_steps=(1500|8000 if gpu else 2000)", "max_steps=2", cell.source)
-        cell.source = cell.source.replace("(350, 64)", "(2, 8)").replace("score_n=100", "score_n=2")
+        cell.source = cell.source.replace("(1946, 64)", "(2, 8)").replace("score_n=100", "score_n=2")
         cell.source = cell.source.replace("tries=16", "tries=1, steps=2")
     first = nbformat.v4.new_code_cell(TINY.replace("DATA", str(fake_fashionmnist)))
     notebook.cells.insert(0, first)
