@@ -176,11 +176,13 @@ def show_answer(cfg, facts, model, question):
     for i in range(cfg.tries):
         how = at_try(cfg, i)
         states = list(think(how, model, ids))
+        if not i:
+            first = states
         if judge(how, facts, model, [question], decode(facts, states[-1]))[0] == [True]:
             break
     else:
         log(f"not accepted in --tries {cfg.tries}: try more")
-        states = list(think(cfg, model, ids))
+        states = first
     shown = [decode(facts, states[(len(states) - 1) * i // 3])[0] for i in range(4)]
     rows = [question, *map(" | ".join, shown)]
     if facts["axes"]:  # the grids side by side

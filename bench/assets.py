@@ -120,35 +120,37 @@ def writing(path: Path) -> list[Image.Image]:
     return frames
 
 
+def grid(puzzle: str, xt: torch.Tensor, p: torch.Tensor, caption: str) -> Image.Image:
+    """A puzzle with cells xt (81,), where open its likeliest digits by p (81, V): the bluer, the surer."""
+    font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 20)
+    canvas = Image.new("RGB", (310, 334), "white")
+    draw = ImageDraw.Draw(canvas)
+    for cell, (sure, guess) in enumerate(zip(*(x.tolist() for x in p.max(-1)), strict=True)):
+        place, grey = (20 + 34 * (cell % 9), 20 + 34 * (cell // 9)), 0 if puzzle[cell] != "." else 110
+        known = xt[cell] != p.shape[-1]  # the mask's id
+        colour = (grey, grey, grey) if known else (*[round(255 - 225 * sure**2)] * 2, 255)
+        draw.text(place, str(xt[cell].item() if known else guess), colour, font, anchor="mm")
+    for k in range(10):
+        colour, at = "black" if k % 3 == 0 else "lightgrey", 3 + 34 * k
+        draw.line((at, 3, at, 309), colour)
+        draw.line((3, at, 309, at), colour)
+    draw.text((6, 321), caption, "black", font.font_variant(size=13), anchor="lm")
+    return canvas.convert("P", palette=Image.Palette.ADAPTIVE, colors=64)
+
+
+@torch.no_grad()
 def looping(path: Path, puzzle: str, steps: int = 6) -> list[Image.Image]:
-    """A puzzle in every loop of every evaluation: blue is a guess, the darker the surer."""
+    """A puzzle in every loop of every evaluation, then what became of it."""
     _, model, facts = reason.load(path, "cpu")
     cfg = replace(reason.Config(**saved_by(reason.Config, path)["config"]), steps=steps)
-    states = [xt[0] for xt in reason.think(cfg, model, reason.ask(facts, [puzzle]))]
-    font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 20)
-    small, frames = font.font_variant(size=13), []
-    for i, xt in enumerate(states):
-        with torch.no_grad():  # in training it returns the logits of all loops
-            loops = model.train()(xt[None], None, xt[None, :0])[:, 0].softmax(-1)
-        for loop, p in enumerate(loops[: 1 if i == steps else None], 1):
-            canvas = Image.new("RGB", (310, 334), "white")
-            draw = ImageDraw.Draw(canvas)
-            for cell in range(81):
-                x, y = 20 + 34 * (cell % 9), 20 + 34 * (cell // 9)
-                known, sure = xt[cell] != model.mask_id, p[cell].max().item()
-                digit = xt[cell] if known else p[cell].argmax()
-                grey = 0 if puzzle[cell] != "." else 110
-                colour = (grey, grey, grey) if known else (*[round(255 - 225 * sure**2)] * 2, 255)
-                draw.text((x, y), facts["alphabet"][digit - 1], colour, font, anchor="mm")
-            for k in range(10):
-                draw.line((3 + 34 * k, 3, 3 + 34 * k, 309), "black" if k % 3 == 0 else "lightgrey")
-                draw.line((3, 3 + 34 * k, 309, 3 + 34 * k), "black" if k % 3 == 0 else "lightgrey")
-            caption = f"evaluation {i + 1} of {steps}, loop {loop}"
-            if i == steps:
-                caption = "solved" if check(puzzle, decode(facts, xt[None])[0]) else "not solved"
-            draw.text((6, 321), caption, "black", small, anchor="lm")
-            frames.append(canvas.convert("P", palette=Image.Palette.ADAPTIVE, colors=64))
-    return frames
+    *states, last = reason.think(cfg, model, reason.ask(facts, [puzzle]))
+    frames, model = [], model.train()  # which returns the logits of all loops
+    for i, xt in enumerate(states, 1):
+        loops = model(xt, None, xt[:, :0])[:, 0].softmax(-1)  # (loops, 81, V)
+        for loop, p in enumerate(loops, 1):
+            frames.append(grid(puzzle, xt[0], p, f"evaluation {i} of {steps}, loop {loop}"))
+    solved = check(puzzle, decode(facts, last)[0])
+    return [*frames, grid(puzzle, last[0], p, "solved" if solved else "not solved")]
 
 
 def save_gif(frames: list[Image.Image], milliseconds: int, path: Path) -> None:

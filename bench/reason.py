@@ -166,12 +166,18 @@ def try_remasked(run: reason.Config, facts: dict, model, problems: Problems, n: 
         yield right.tolist(), spent / len(ids)
 
 
+def trained_on(cfg: Config, problems: Problems, path: str, device: torch.device) -> tuple:
+    """The model, facts and saved state of a checkpoint. UserError if it was trained on other problems."""
+    _, model, facts = reason.load(path, device)
+    if facts != problems.facts:
+        raise UserError(f"{path} was trained on other problems than {cfg.dataset}")
+    return model, facts, saved_by(reason.Config, path)
+
+
 def measure(cfg: Config, problems: Problems, device: torch.device) -> None:
     """Print what a checkpoint gets right by evaluations, order and tries; draw it, of the hardest puzzles."""
-    _, model, facts = reason.load(cfg.load, device)
-    if facts != problems.facts:
-        raise UserError(f"{cfg.load} was trained on other problems than {cfg.dataset}")
-    saved, rows, curves, n = saved_by(reason.Config, cfg.load), [], {}, cfg.score_n
+    model, facts, saved = trained_on(cfg, problems, cfg.load, device)
+    rows, curves, n = [], {}, cfg.score_n
     log(f"{cfg.load}: {millions(model)} M parameters, trained {saved['seconds']:.0f} s")
     run = reason.Config(**saved["config"] | dict(tries=cfg.tries))
 
@@ -208,10 +214,8 @@ def by_compute(cfg: Config, problems: Problems, device: torch.device) -> None:
     """Print and draw what checkpoints solve over applications of a block: evaluations x loops x blocks."""
     rows, curves = [], {}
     for path in filter(None, (cfg.load, cfg.beside)):
-        process, model, facts = reason.load(path, device)
-        if facts != problems.facts:
-            raise UserError(f"{path} was trained on other problems than {cfg.dataset}")
-        run = reason.Config(**saved_by(reason.Config, path)["config"])
+        model, facts, saved = trained_on(cfg, problems, path, device)
+        run = reason.Config(**saved["config"])
         for loops in cfg.loops if run.loops > 1 else (1,):
             model.transformer.loops, name = loops, f"{Path(path).parent.name}, {loops} loops"
             for steps in (1, 2, 4, 8, 16, 32, 64):
