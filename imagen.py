@@ -78,7 +78,7 @@ def build(cfg, facts, device):
     divisor = 2 ** (len(cfg.channels) - 1) if cfg.denoiser == "unet" else 2
     if H % divisor or W % divisor:
         size = max(1, min(H, W) // divisor) * divisor
-        raise UserError(f"images are {H} x {W}, but sides must divide by {divisor}: add --image_size {size}")
+        raise UserError(f"images are {H} x {W}, not divisible by {divisor}: add --image_size {size}")
     torch.manual_seed(cfg.seed)
     if cfg.denoiser == "unet":
         model = UNet(channels, cfg.channels, cfg.blocks, classes)
@@ -148,7 +148,7 @@ def film(cfg, process, model, facts):
 
 def score(cfg, process, model, images, folder):
     """Log how cfg.score_n samples compare with the test images; the folder keeps the classifier."""
-    net = load_classifier(images, folder / "classifier.pt", process.a_table.device)
+    net = load_classifier(images, folder, process.a_table.device)
     order = torch.randperm(len(images.y), generator=torch.Generator().manual_seed(cfg.seed))
     y = images.y[order[: cfg.score_n]]
     x = draw(cfg, process, model, images.x.shape[1:], y), images.x, images.x_test
@@ -161,7 +161,7 @@ def ask_teacher(cfg, facts, device):
     """A student's model and facts; the noise's step, the noise, its samples (N, C, H, W), labels (N,)."""
     process, model, known = load(cfg.distill, device, cfg)
     if known != facts or cfg.sampler == "ddpm":
-        raise UserError(f"{cfg.distill} must know this data, be no student, and not sample by ddpm")
+        raise UserError(f"{cfg.distill} must know this data, must not be a student or sampled by ddpm")
     gib = 8 * cfg.pairs * torch.Size(facts["shape"]).numel() / 2**30
     log(f"{cfg.pairs} pairs take {gib:.3f} GiB")
     if gib > 8:
@@ -207,6 +207,8 @@ def main(cfg):
     if not cfg.load:
         return train(cfg, images, pick_device())
     process, model, facts = load(cfg.load, cfg=cfg)
+    if "teacher" in facts and (cfg.sampler, cfg.steps) != (facts["teacher"][0], 1):
+        raise UserError(f"{cfg.load} is a student, of one evaluation: leave out --steps and --sampler")
     tag = f"{cfg.sampler}_{cfg.steps}_guidance{cfg.guidance:g}_seed{cfg.seed}"
     folder = Path(cfg.load).expanduser().parent
     names, rows = draw_rows(cfg, process, model, facts)

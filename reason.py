@@ -2,7 +2,7 @@
 
     python reason.py                        3 x 2-digit multiplication: no download, three minutes on a laptop
     python reason.py --dataset sudoku       learns from full grids, solves puzzles (--tries 16: more of them)
-    python reason.py --load out/sudoku/last.pt --prompt "53..7....6..195....98....6.8...6...34..8.3..17..."
+    python reason.py --load out/sudoku/last.pt --prompt PUZZLE                 81 cells, "." where open
 
 Diffusion of Thought 2402.07754; the order of unmasking 2502.06768.
 """
@@ -31,7 +31,7 @@ class Config(Flags):
     test: str | None = None  # a file of test problems; sudoku: 81 cells a line, or a csv, also with solutions
     # diffusion and denoiser
     passes: Literal["multi", "single"] = "multi"  # a thought at a time, or the whole chain at once
-    masks: tuple[float, float] = (0.0, 1.0)  # least and largest share of masked tokens in training
+    masks: tuple[float, float] = (0.0, 1.0)  # least and largest share of masked tokens, before the shift
     shift: float = 3.0  # times the odds of a mask: sampling begins with nothing but masks
     snapshot: float = 0.0  # multi: share of training chains with the model's own thoughts as context
     width: int = 128  # width of the transformer
@@ -238,6 +238,8 @@ def snapshot(cfg, process, model, x0, clean, t):
 
 
 def main(cfg):
+    if cfg.tries > 1 and cfg.judge == "rules" and cfg.dataset not in TASKS:
+        raise UserError(f"{cfg.dataset} has answers, but no rules that tell a right one: add --judge self")
     if cfg.load:
         _, model, facts = load(cfg.load, cfg=cfg)
         if facts["task"] != (cfg.dataset if cfg.dataset in TASKS else ""):
@@ -246,8 +248,6 @@ def main(cfg):
             spaced = cfg.prompt.strip() if " " in facts["alphabet"] else "".join(cfg.prompt.split())
             return show_answer(cfg, facts, model, sudoku.read(cfg.prompt) if facts["axes"] else spaced)
     problems = load_problems(cfg.dataset, cfg.train_n, cfg.digits, cfg.test)
-    if cfg.tries > 1 and cfg.judge == "rules" and not problems.task:
-        raise UserError(f"{cfg.dataset} has answers, but no rules that tell a right one: add --judge self")
     log(f"{cfg.dataset}: {len(problems.train)} + {len(problems.test)} problems, such as {problems.train[0]}")
     if not cfg.load:
         return train(cfg, problems, pick_device())

@@ -225,9 +225,11 @@ def train_vae(cfg, facts, vae, train, test):
 def held_out_nats(vae, ids, target):
     """Nats per token of ids and target (N, L), also given the latents of other texts.
     Where these are alike, the decoder ignores the latents (posterior collapse): lower beta or p_max."""
-    z = encode_all(vae, ids).to(vae.fc_mean.weight.device)
-    own, others = (vae.cross_entropy(x, target.to(x.device)) for x in (z, z.roll(1, 0)))
-    return f"held-out nats per token: {own:.3f}, given the latents of other texts {others:.3f}"
+    z, device, means = encode_all(vae, ids), vae.fc_mean.weight.device, []
+    for x in (z, z.roll(1, 0)):
+        parts = zip(x.to(device).split(16), target.to(device).split(16), strict=True)  # of few logits
+        means.append(sum(vae.cross_entropy(x, y) * (y >= 0).sum() for x, y in parts) / (target >= 0).sum())
+    return "held-out nats per token: {:.3f}, given the latents of other texts {:.3f}".format(*means)
 
 
 def train_diffusion(cfg, facts, vae, train, test, ids):
@@ -273,16 +275,16 @@ def sample_lines(writer, rows):
 def score(writer, train, test):
     """Log how held-out texts come back from their latents, and what new texts are like."""
     cfg, n = writer.cfg, writer.cfg.score_n
-    ids, target = tensors(cfg, writer.encoder, writer.decoder, shuffled(test, cfg.seed)[:n])
+    held_out, known = texts.shuffled(test, cfg.seed)[:n], texts.shuffled(train, cfg.seed)[:n]
+    ids, target = tensors(cfg, writer.encoder, writer.decoder, held_out)
     z, real = encode_all(writer.vae, ids), texts.decode(writer.decoder, target)
     copies = writer.write((z - writer.mean) / writer.std)
     log(f"\nscore of n={len(real)}: BLEU of reconstructions {scores.bleu(copies, real):.1f}")
     log(f"  {held_out_nats(writer.vae, ids, target)}")
     if labelled := len(writer.facts["names"]) > 1:
         classify = scores.text_classifier(*list(zip(*train, strict=True))[:2])
-    known = shuffled(train, cfg.seed)[:n]
     new = [(text, *row[1:]) for row, text in zip(known, writer.sample(conditions(cfg, known)), strict=True)]
-    for name, rows in {"samples": new, "training": known, "held out": test[:n]}.items():
+    for name, rows in {"samples": new, "training": known, "held out": held_out}.items():
         written, labels, _ = zip(*rows, strict=True)
         line = f"  {name:9} dist-2 {scores.dist2(written):.3f}"
         if labelled:
@@ -292,11 +294,6 @@ def score(writer, train, test):
             line += f"  accepted {1 - ratings.count(None) / len(ratings):.3f}"
             line += f"  rating {scores.agreement(ratings, [label + 1 for label in labels]):.3f}"
         log(line)
-
-
-def shuffled(rows, seed):
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    return [rows[i] for i in order.tolist()]
 
 
 def load_texts(cfg):

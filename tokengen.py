@@ -65,9 +65,8 @@ class Config(Flags):
 
 def facts_of(cfg, text, text_test):
     """What a checkpoint must know of its text: the characters, or the BPE."""
-    tokenizer, whole = None, text + text_test
-    if cfg.vocab:
-        tokenizer = train_tokenizer(re.split("(?<=\n)", text), cfg.vocab, prefix_space=False)
+    whole, rows = text + text_test, re.split("(?<=\n)", text)
+    tokenizer = train_tokenizer(rows, cfg.vocab, prefix_space=False) if cfg.vocab else None
     checksum = hashlib.sha256(whole.encode()).hexdigest()[:12]
     return dict(alphabet="".join(sorted(set(whole))), tokenizer=tokenizer, checksum=checksum)
 
@@ -150,9 +149,9 @@ def write_samples(cfg, facts, model):
 
 
 def stratified(B, n, device):
-    """Uniform numbers (B, n) in [0, 1), one in each of B n equal parts: less variance. MDLM app. C."""
+    """Uniform numbers (B, n) in [0, 1], one in each of B n equal parts: less variance. MDLM app. C."""
     order = torch.randperm(B * n, device=device)
-    return ((order + torch.rand(B * n, device=device)) / (B * n)).clamp(max=1 - 1e-6).view(B, n)
+    return ((order + torch.rand(B * n, device=device)) / (B * n)).view(B, n)
 
 
 @torch.no_grad()

@@ -3,7 +3,8 @@
     python -m bench.images                    FashionMNIST from ./data: speed and quality, an hour on a CPU
     python -m bench.images --seconds 0        speed only, 4 minutes
     python -m bench.images --load out/fashionmnist/last.pt --score_n 10000     FD, KID, precision, recall, FID
-    python -m bench.images --load out/digits/last.pt --student out/digits-distilled/last.pt   by evaluations
+    python -m bench.images --load out/fashionmnist/last.pt --student out/fashionmnist-distilled/last.pt
+                                              by evaluations
 
 Peers: diffusers' UNet2DModel and denoising-diffusion-pytorch's Unet, each with its own loss, of comparable
 size. All are unconditional and share imagen.py's batches, optimizer, warm-up, clipping and EMA. They differ
@@ -14,7 +15,7 @@ import copy
 import platform
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -30,8 +31,19 @@ from bench.runs import draw, millions, print_table, run_bench, saved_by
 from bench.timing import interleaved, spread, synchronize
 from common.images import Images, load_images
 from common.pictures import picture, save_picture
-from common.run import CLIP, EMA, WARMUP, UserError, autocast, batch_indices, check_config, log, pick_device
-from common.scores import frechet_distance, load_classifier, scale, score_images
+from common.run import (
+    CLIP,
+    EMA,
+    WARMUP,
+    UserError,
+    autocast,
+    batch_indices,
+    check_config,
+    log,
+    permutation,
+    pick_device,
+)
+from common.scores import frechet_distance, load_classifier, nearest_distance, scale, score_images
 from diffusion import SAMPLERS, SCHEDULES, Diffusion, sample
 
 
@@ -92,7 +104,7 @@ def measures(f: Tensor, test: Tensor) -> dict[str, float]:
 
 def real_features(train: Tensor, n: int) -> Tensor:
     """The features of n training images, those that imagen.py scores too."""
-    return train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:n]]
+    return train[permutation(len(train), 0)[:n]]
 
 
 def inception_fid(samples: Tensor, real: Tensor) -> float:
@@ -118,10 +130,9 @@ def measure(cfg: Config, images: Images, device: torch.device) -> None:
     process, model, facts = imagen.load(cfg.load, device, run)
     if facts != images.facts:
         raise UserError(f"{cfg.load} was not trained on {cfg.dataset}: it may have seen its test images")
-    order = torch.randperm(len(images.y), generator=torch.Generator().manual_seed(run.seed))
-    y = images.y[order[: cfg.score_n]]
+    y = images.y[permutation(len(images.y), run.seed)[: cfg.score_n]]
     samples = imagen.draw(run, process, model, facts["shape"], y)
-    net = load_classifier(images, Path(cfg.load).parent / "classifier.pt", device)
+    net = load_classifier(images, Path(cfg.load).parent, device)
     f, train, test = (net.features(x) for x in (samples, images.x, images.x_test))
     log(f"{run.sampler}, {run.steps} steps, guidance {run.guidance}, n={len(f)} against {len(test)}:")
     log(score_images(f, train, test, y, net))
@@ -136,9 +147,16 @@ def measure(cfg: Config, images: Images, device: torch.device) -> None:
 
 
 def by_evaluations(cfg: Config, images: Images, device: torch.device) -> None:
-    """Print and draw FD, nearest and time of a teacher's samples by evaluations, and of its student's."""
-    net, curves, rows = load_classifier(images, Path(cfg.load).parent / "classifier.pt", device), {}, []
-    order = torch.randperm(len(images.y), generator=torch.Generator().manual_seed(0))
+    """Print and draw FD, nearest and time of a teacher's samples by evaluations, and of its student's.
+
+    The student's also against the teacher's samples that it learned from: does it copy them?
+    """
+    for path in (cfg.load, cfg.student):
+        known = saved_by(imagen.Config, path)["facts"]
+        if known | images.facts != known or ("teacher" in known) != (path == cfg.student):
+            raise UserError(f"{path} must be trained on {cfg.dataset}, only --student with --distill")
+    net, curves, rows = load_classifier(images, Path(cfg.load).parent, device), {}, []
+    order = permutation(len(images.y), 0)
     y, train, test = images.y[order[: cfg.score_n]], net.features(images.x), net.features(images.x_test)
     for name, path, counts in (("teacher", cfg.load, (1, 2, 4, 10, 50)), ("student", cfg.student, (1,))):
         saved, curves[name] = saved_by(imagen.Config, path)["config"], []
@@ -154,6 +172,12 @@ def by_evaluations(cfg: Config, images: Images, device: torch.device) -> None:
             curves[name].append((steps, frechet_distance(f, test)))
             rows.append(row | {"score": score_images(f, train, test, y, net)})
     print_table(rows)
+    sampler, steps, guidance, pairs = facts["teacher"]
+    learned = replace(run, label_drop=0.1, sampler=sampler, steps=steps, guidance=guidance)
+    *_, x0, _ = imagen.ask_teacher(replace(learned, distill=cfg.load, pairs=pairs), images.facts, device)
+    pool = net.features(imagen.to_uint8(x0))
+    copied = nearest_distance(f, pool) / nearest_distance(test[: len(f)], pool)
+    log(f"student, nearest of its {pairs} training samples: {copied:.2f}")
     labels = dict(xlabel="evaluations", ylabel="Fréchet distance to test images")
     draw(Path(cfg.out) / "evaluations.png", curves, xscale="log", yscale="log", **labels)
 
@@ -313,7 +337,7 @@ def score_side(trainer: Trainer, cfg: Config, path: Path) -> Tensor:
     for n in torch.zeros(cfg.score_n).split(100):
         shape = (len(n), *trainer.x.shape[1:])
         x0 = trainer.side.sample(trainer.ema, shape, generator, trainer.side.evaluations)
-        parts.append(((x0.cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
+        parts.append(imagen.to_uint8(x0))
     samples = torch.cat(parts)
     save_grid([""], samples[None, :20], path)
     return samples
@@ -321,7 +345,7 @@ def score_side(trainer: Trainer, cfg: Config, path: Path) -> Tensor:
 
 def quality(cfg: Config, images: Images, device: torch.device) -> None:
     """Print and draw the distances of every side on the way to cfg.seconds of training."""
-    net = load_classifier(images, Path(cfg.out) / f"{images.facts['checksum']}.pt", device)
+    net = load_classifier(images, Path(cfg.out), device)
     x, train, test = images.x.to(device), net.features(images.x), net.features(images.x_test)
     real = measures(real_features(train, cfg.score_n), test)
     marks, rows = (cfg.seconds / 4, cfg.seconds / 2, cfg.seconds), {}

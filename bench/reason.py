@@ -77,7 +77,7 @@ class Config:
 
 
 def in_folder(cfg: Config, name: str, **settings) -> reason.Config:
-    """The settings of the run of that name, which is gone on with where it has begun."""
+    """The settings of the run of that name, which is resumed if it has begun."""
     settings = dict(max_steps=FOREVER, sample_every=FOREVER, score_n=0) | settings
     return replace(cfg.run, dataset=cfg.dataset, out=f"{cfg.out}/{name}", resume=True, **settings)
 

@@ -129,7 +129,7 @@ class Finished:
 
     def rows(self, n: int) -> dict[str, tuple[list[str], list[int]]]:
         """Texts and labels: new ones under the conditions of n training texts, these, and held-out ones."""
-        known = textgen.shuffled(self.train, self.writer.cfg.seed)[:n]
+        known = texts.shuffled(self.train, self.writer.cfg.seed)[:n]
         rows = {"samples": known, "training": known, "held out": self.test[:n]}
         rows = {name: ([row[0] for row in part], [row[1] for row in part]) for name, part in rows.items()}
         new = self.writer.sample(textgen.conditions(self.writer.cfg, known))
@@ -143,7 +143,7 @@ class Finished:
 def quality(cfg: Config, device: torch.device) -> None:
     """Print how texts come back from their latents, and the table of new ones beside GPT-2's."""
     run = Finished.load(cfg.load, device)
-    held_out = textgen.shuffled(run.test, run.writer.cfg.seed)[: cfg.score_n]
+    held_out = texts.shuffled(run.test, run.writer.cfg.seed)[: cfg.score_n]
     score_vae(run, held_out)
     score_denoiser(run, held_out[:100])
     judge, baseline = (train_gpt(run, name, device) for name in ("judge", "baseline"))

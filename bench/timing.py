@@ -8,8 +8,8 @@ import torch
 
 def synchronize(device) -> None:
     """Wait for what the device has been given to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
 
 
 def interleaved(sides: dict, rounds: int, device) -> dict[str, list[float]]:

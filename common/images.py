@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
-from common.run import UserError, is_builtin, log
+from common.run import UserError, is_builtin, log, permutation
 
 TORCHVISION = {"fashionmnist": "FashionMNIST", "mnist": "MNIST", "cifar10": "CIFAR10"}
 SUFFIXES = set(".png .jpg .jpeg .jfif .bmp .gif .webp .pgm .ppm .tif .tiff .jp2 .avif .tga .ico".split())
@@ -84,7 +84,7 @@ def from_torchvision(name, data_dir):
 
 def split(x, y):
     """Every fifth image of a seeded shuffle is held out, none of fewer than five."""
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    order = permutation(len(x), 0)
     test = (torch.arange(len(x)) % 5 == 0) & (len(x) >= 5)
     return x[order[~test]], y[order[~test]], x[order[test]], y[order[test]]
 

@@ -31,7 +31,6 @@ if dist.is_torchelastic_launched():  # else these two are left over from somethi
     RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 WARMUP, CLIP, EMA, LOG_EVERY = 100, 1.0, 0.999, 50
 MUON_LR = 0.02  # Muon's learning rate after warm-up
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PROGRESS = ("step", "seconds", "losses", "rows")  # attributes of a Run that its checkpoint keeps
 # Settings that a resumed run may change; all others must be those the checkpoint was trained with.
 FREE = frozenset(
@@ -85,11 +84,12 @@ def run_script(Config, main, doc):
 
 
 def check_config(cfg, *rules):
-    """Raise UserError for a number that is too small, or a rule that does not hold."""
+    """Raise UserError for a number out of range, or a rule that does not hold."""
     for name, value in asdict(cfg).items():
         least = 1 if type(value) is int and name not in ("seed", "score_n", "vocab") else 0
-        if type(value) in (int, float) and not least <= value <= 10**9:
-            raise UserError(f"--{name} must be at least {least}, got {value}")
+        most = 1 if name in ("label_drop", "p_max", "self_condition", "snapshot") else 10**9
+        if type(value) in (int, float) and not least <= value <= most:
+            raise UserError(f"--{name} must be from {least} to {most}, got {value}")
     for holds, hint in rules:
         if not holds:
             raise UserError(hint)
@@ -115,8 +115,10 @@ def resolve_out(cfg):
 def pick_device(device=None):
     """The device asked for; by default cuda or mps where there is one, else cpu."""
     device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    if device.type == "cuda" and WORLD > 1:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if device.type != "cpu" and WORLD > 1:
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.accelerator.device_count():
+            raise UserError(f"each process needs its own {device.type} device: lower --nproc_per_node")
+        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
     return device
 
 
@@ -193,15 +195,17 @@ class Flags:  # of every script
 
 
 @lru_cache(maxsize=2)
-def permutation(n, seed, epoch):
-    return torch.randperm(n, generator=torch.Generator().manual_seed(hash((seed, epoch)) % 2**63))
+def permutation(n, seed):
+    """The numbers 0..n-1 in an order that the seed decides."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
 
 def batch_indices(n, batch_size, seed, step):
     """Indices (batch_size,) of step 1, 2, ...: permutations of 0..n-1, in turn, cut into batches."""
     start = (step - 1) * batch_size
     epochs = range(start // n, (start + batch_size - 1) // n + 1)
-    return torch.cat([permutation(n, seed, epoch) for epoch in epochs])[start - epochs[0] * n :][:batch_size]
+    order = torch.cat([permutation(n, hash((seed, epoch)) % 2**63) for epoch in epochs])
+    return order[start - epochs[0] * n :][:batch_size]
 
 
 class Run(AbstractContextManager):
@@ -224,8 +228,7 @@ class Run(AbstractContextManager):
             raise UserError(f"a batch of {self.batch_size} cannot be shared by {WORLD} processes")
         self.net, self.ema = model, copy.deepcopy(model).eval().requires_grad_(False)
         others = [p for p in model.parameters() if p not in set(muon)]
-        fused = device.type in ("cpu", "cuda")
-        self.opts = [torch.optim.AdamW(others, lr=cfg.lr, weight_decay=0.0, fused=fused)]
+        self.opts = [torch.optim.AdamW(others, lr=cfg.lr, weight_decay=0.0, fused=True)]
         if muon:
             self.opts += [torch.optim.Muon(muon, lr=MUON_LR, weight_decay=0.0)]
         self.step, self.seconds, self.losses, self.rows = 0, 0.0, [], []  # rows: of log.csv
@@ -276,7 +279,8 @@ class Run(AbstractContextManager):
         SIGINT and SIGTERM let the step finish, save and exit; a second one acts at once."""
         share = self.batch_size // WORLD
         with suppress(ValueError):  # not the main thread: then signals are not ours
-            self.handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+            numbers = signal.SIGINT, signal.SIGTERM
+            self.handlers = {number: signal.signal(number, self._on_signal) for number in numbers}
         hidden = RANK > 0 or not (sys.stderr and sys.stderr.isatty())
         with tqdm(total=self.max_steps, initial=self.step, disable=hidden) as bar:
             while self.step < self.max_steps:

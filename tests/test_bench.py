@@ -265,7 +265,11 @@ def test_images_beside_peers_and_the_measures_of_a_run(call, tmp_path):
     assert "| real |" in printed and (tmp_path / "nearest.png").exists()
     call("imagen", "--distill OUT/run/last.pt --max_steps 2 --pairs 20 --score_n 0 --out OUT/student")
     flags = "--dataset digits --score_n 20 --load OUT/run/last.pt --student OUT/student/last.pt --out OUT"
-    assert call("bench.images", flags).count("| teacher |") == 5 and (tmp_path / "evaluations.png").exists()
+    printed = call("bench.images", flags)
+    assert printed.count("| teacher |") == 5 and "nearest of its 20 training samples" in printed
+    assert (tmp_path / "evaluations.png").exists()
+    with pytest.raises(SystemExit):
+        call("bench.images", flags.replace("student/last", "run/last"))
 
 
 @pytest.mark.slow

@@ -318,9 +318,9 @@ def test_an_untrained_model_gives_every_token_the_same_probability():
 def test_masks_have_their_rate_and_the_loss_is_the_cross_entropy_of_what_they_hide(of):
     rates, p = torch.tensor([0.1, 0.5, 0.9, 0.4]), torch.tensor([0.5, 0.3, 0.2])
     x0, seen = torch.tensor([0, 1, 2, 2]).expand(8000, 4), []
-    t = rates.expand(8000, 4) if of == "positions" else rates.repeat(2000)
+    t = rates.expand(8000, 4) if of == "positions" else rates.repeat(2000)[:, None]
     torch.manual_seed(0)
-    loss = Masked(3).loss(lambda xt, t, y: seen.append(xt) or p.log().expand(*xt.shape, 3), x0, t=t)
+    loss = Masked(3).loss(lambda xt, t, y: seen.append(xt) or p.log().expand(*xt.shape, 3), x0, None, t)
     masked = seen[0] == 3
     assert torch.equal(seen[0][~masked], x0[~masked])
     torch.testing.assert_close(loss, -p.log()[x0] * masked)
@@ -334,7 +334,7 @@ def test_the_loss_over_t_is_the_likelihood_of_independent_tokens():
     x0 = torch.multinomial(p.expand(20_000, 3), 4, replacement=True, generator=rng())
     torch.manual_seed(0)
     t = torch.rand(len(x0), 1) * 0.9 + 0.1
-    loss = Masked(3).loss(lambda xt, t, y: p.log().expand(*xt.shape, 3), x0, t=t.expand(-1, 4))
+    loss = Masked(3).loss(lambda xt, t, y: p.log().expand(*xt.shape, 3), x0, None, t)
     assert (loss / t).sum(1).mean() == pytest.approx(-4 * (p * p.log()).sum().item(), rel=0.02)
 
 
@@ -411,7 +411,8 @@ def test_tokens_are_drawn_from_their_distribution_at_a_temperature(temperature):
 def test_every_parameter_gets_a_gradient(widths, axes):
     model = random_model(widths, axes=axes)
     question, x0, _ = random_ids(model, B=16)
-    Masked(V).loss(model, x0, clean_part(model, question, x0)).mean().backward()
+    t = torch.rand(len(x0), 1)
+    Masked(V).loss(model, x0, clean_part(model, question, x0), t).mean().backward()
     for name, p in model.named_parameters():
         # A grid alone has nothing clean before it.
         assert p.grad.abs().sum() > 0 or (name == "clean.weight" and not model.layout.c), name

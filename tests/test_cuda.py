@@ -19,7 +19,7 @@ def rows(tmp_path) -> list[list[str]]:
     return [line.split(" | ") for line in table.strip().splitlines()]
 
 
-def classifier(images, path, device):
+def classifier(images, folder, device):
     from common.scores import Classifier
 
     return Classifier(images.x.shape[1], len(images.names)).eval()

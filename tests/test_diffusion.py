@@ -429,7 +429,7 @@ def test_the_latents_denoiser_reads_its_guess_and_none_is_zero():
     assert (net(xt, t) - net(xt, t, None, x0)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("model", [UNet(1, (8, 16, 16), (1, 1, 1)), ImageTransformer(1, 32, 1, 4, heads=2)])
+@pytest.mark.parametrize("model", [UNet(1, (8, 16, 16), (1, 1, 1)), ImageTransformer(1, 32, 1, 4)])
 def test_image_denoisers_take_any_size_that_they_divide(model):
     for size in [(8, 8), (16, 12), (28, 28)]:
         assert model(torch.zeros(2, 1, *size), torch.ones(2, dtype=torch.long)).shape == (2, 1, *size)

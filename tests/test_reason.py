@@ -342,6 +342,7 @@ def test_a_score_is_by_kinds_and_only_rules_can_tell_a_try_that_is_right(trained
     command = ["--load", trained / "file/last.pt", "--score_n", 2, "--tries", 2]
     status, printed = cli("reason", *command)
     assert status == 2 and "--judge self" in printed
+    assert cli("reason", *command, "--prompt", "1 + 1")[0] == 2
     assert cli("reason", *command, "--judge", "self")[0] == 0
 
 

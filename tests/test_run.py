@@ -385,6 +385,15 @@ def test_memory_that_runs_out_is_one_message(tmp_path):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
 
+def test_more_processes_than_devices_are_refused(monkeypatch):
+    monkeypatch.setattr(runs, "WORLD", 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="nproc_per_node"):
+        runs.pick_device("mps")
+    assert runs.pick_device("cpu").type == "cpu"
+
+
 def test_compile_without_a_compiler_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda _: 1 / 0)
     with pytest.raises(UserError, match="--compile off"):
