@@ -228,7 +228,8 @@ class Run(AbstractContextManager):
             raise UserError(f"a batch of {self.batch_size} cannot be shared by {WORLD} processes")
         self.net, self.ema = model, copy.deepcopy(model).eval().requires_grad_(False)
         others = [p for p in model.parameters() if p not in set(muon)]
-        self.opts = [torch.optim.AdamW(others, lr=cfg.lr, weight_decay=0.0, fused=True)]
+        fused = device.type in ("cpu", "cuda")
+        self.opts = [torch.optim.AdamW(others, lr=cfg.lr, weight_decay=0.0, fused=fused)]
         if muon:
             self.opts += [torch.optim.Muon(muon, lr=MUON_LR, weight_decay=0.0)]
         self.step, self.seconds, self.losses, self.rows = 0, 0.0, [], []  # rows: of log.csv
