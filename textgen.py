@@ -227,7 +227,7 @@ def held_out_nats(vae, ids, target):
     Where these are alike, the decoder ignores the latents (posterior collapse): lower beta or p_max."""
     z, device, means = encode_all(vae, ids), vae.fc_mean.weight.device, []
     for x in (z, z.roll(1, 0)):
-        parts = zip(x.to(device).split(16), target.to(device).split(16), strict=True)  # of few logits
+        parts = zip(x.to(device).split(16), target.to(device).split(16), strict=True)  # logits are large
         means.append(sum(vae.cross_entropy(x, y) * (y >= 0).sum() for x, y in parts) / (target >= 0).sum())
     return "held-out nats per token: {:.3f}, given the latents of other texts {:.3f}".format(*means)
 

@@ -65,8 +65,9 @@ class Config(Flags):
 
 def facts_of(cfg, text, text_test):
     """What a checkpoint must know of its text: the characters, or the BPE."""
-    whole, rows = text + text_test, re.split("(?<=\n)", text)
-    tokenizer = train_tokenizer(rows, cfg.vocab, prefix_space=False) if cfg.vocab else None
+    tokenizer, whole = None, text + text_test
+    if cfg.vocab:
+        tokenizer = train_tokenizer(re.split("(?<=\n)", text), cfg.vocab, prefix_space=False)
     checksum = hashlib.sha256(whole.encode()).hexdigest()[:12]
     return dict(alphabet="".join(sorted(set(whole))), tokenizer=tokenizer, checksum=checksum)
 

@@ -172,12 +172,13 @@ def by_evaluations(cfg: Config, images: Images, device: torch.device) -> None:
             curves[name].append((steps, frechet_distance(f, test)))
             rows.append(row | {"score": score_images(f, train, test, y, net)})
     print_table(rows)
-    sampler, steps, guidance, pairs = facts["teacher"]
-    learned = replace(run, label_drop=0.1, sampler=sampler, steps=steps, guidance=guidance)
-    *_, x0, _ = imagen.ask_teacher(replace(learned, distill=cfg.load, pairs=pairs), images.facts, device)
+    asked = dict(zip(("sampler", "steps", "guidance", "pairs"), facts["teacher"], strict=True))
+    # The student has no label_drop, without which a teacher's guidance is refused.
+    asked = replace(run, distill=cfg.load, label_drop=0.1, **asked)
+    *_, x0, _ = imagen.ask_teacher(asked, images.facts, device)
     pool = net.features(imagen.to_uint8(x0))
     copied = nearest_distance(f, pool) / nearest_distance(test[: len(f)], pool)
-    log(f"student, nearest of its {pairs} training samples: {copied:.2f}")
+    log(f"student, nearest of its {asked.pairs} training samples: {copied:.2f}")
     labels = dict(xlabel="evaluations", ylabel="Fréchet distance to test images")
     draw(Path(cfg.out) / "evaluations.png", curves, xscale="log", yscale="log", **labels)
 

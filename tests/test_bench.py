@@ -268,7 +268,7 @@ def test_images_beside_peers_and_the_measures_of_a_run(call, tmp_path):
     printed = call("bench.images", flags)
     assert printed.count("| teacher |") == 5 and "nearest of its 20 training samples" in printed
     assert (tmp_path / "evaluations.png").exists()
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="2"):
         call("bench.images", flags.replace("student/last", "run/last"))
 
 
