@@ -19,7 +19,7 @@ import torch
 from common.images import load_images
 from common.pictures import picture, save_files, save_film, save_picture
 from common.run import Flags, Run, UserError, autocast, check_config, load_model, log, pick_device, run_script
-from common.scores import load_classifier, scale, score_images
+from common.scores import load_classifier, permutation, scale, score_images
 from diffusion import SAMPLERS, SCHEDULES, Diffusion, ImageTransformer, UNet, drop_condition, trajectory
 
 T = 1000  # timesteps of the forward process
@@ -149,8 +149,7 @@ def film(cfg, process, model, facts):
 def score(cfg, process, model, images, folder):
     """Log how cfg.score_n samples compare with the test images; the folder keeps the classifier."""
     net = load_classifier(images, folder, process.a_table.device)
-    order = torch.randperm(len(images.y), generator=torch.Generator().manual_seed(cfg.seed))
-    y = images.y[order[: cfg.score_n]]
+    y = images.y[permutation(len(images.y), cfg.seed)[: cfg.score_n]]
     x = draw(cfg, process, model, images.x.shape[1:], y), images.x, images.x_test
     how = f"{cfg.sampler}, {cfg.steps} steps, guidance {cfg.guidance:g}, seed {cfg.seed}"
     against = f"n={len(y)} against {len(images.x_test)} test images"

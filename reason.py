@@ -110,7 +110,7 @@ def think(cfg, model, ids):
 def answer(cfg, facts, model, questions, ids=None):
     """A chain for each question. ids: (N, q + k), what is known of the chains; by default the questions."""
     chains, ids = [], ask(facts, questions) if ids is None else ids
-    for part in ids.to(next(model.parameters()).device).split(1000):
+    for part in ids.to(next(model.parameters()).device).split(cfg.batch_size):  # fits a cache
         *_, xt = think(cfg, model, part)
         chains += decode(facts, xt)
     return chains
@@ -144,12 +144,12 @@ def score(cfg, facts, model, problems, n):
     """Yield which of n test problems are right, and the mean evaluations for each, after each of cfg.tries.
     What the judge refuses is tried again from the beginning; if it refuses all tries, the first counts."""
     questions = [question for question, _ in problems.test[:n]]
-    left, chains, spent = list(range(len(questions))), {}, 0
+    ids, left, chains, spent = ask(facts, questions), list(range(len(questions))), {}, 0
     for i in range(cfg.tries):
         how, asked = at_try(cfg, i), [questions[j] for j in left]
         found = answer(how, facts, model, asked)
         accepted, cost = judge(how, facts, model, asked, found)
-        spent += cost + evaluations(cfg, model, ask(facts, asked))
+        spent += cost + evaluations(cfg, model, ids[left])
         chains |= {j: found[n] for n, j in enumerate(left) if accepted[n] or not i}
         left = [j for n, j in enumerate(left) if not accepted[n]]
         right = [problems.check(question, chains[j]) for j, question in enumerate(questions)]

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from blocks import Layout, PositionEmbedding
+from blocks import Layout
 from vae import PrefixLM
 
 
@@ -43,6 +43,17 @@ class LabelGPT(ConditionedGPT):
 
     def condition(self, y: Tensor) -> Tensor:
         return self.label(y + 1)[:, None]
+
+
+class PositionEmbedding(nn.Embedding):
+    """Embeddings of the positions in a layout, added up over its axes."""
+
+    def __init__(self, layout: Layout, D: int):
+        super().__init__(layout.positions, D)
+        self.layout = layout
+
+    def forward(self, position_ids: Tensor) -> Tensor:
+        return super().forward(self.layout.axes[position_ids]).sum(-2)
 
 
 class QuestionGPT(ConditionedGPT):

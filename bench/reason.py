@@ -158,7 +158,7 @@ def try_remasked(run: reason.Config, facts: dict, model, problems: Problems, n: 
     x, spent, right = ids[:, model.layout.q :].clone(), 0, torch.zeros(len(ids), dtype=torch.bool)
     for i in range(run.tries):
         how = reason.at_try(run, i)
-        for part in (~right).nonzero()[:, 0].split(1000):
+        for part in (~right).nonzero()[:, 0].split(run.batch_size):
             start = remasked(how, model, ids[part], x[part], remask) if i else ids[part]
             x[part], cost = think_on(how, model, start)
             spent += cost + 2 * len(part) * (i > 0)  # two, in which the model doubts each token
@@ -195,7 +195,8 @@ def measure(cfg: Config, problems: Problems, device: torch.device) -> None:
             once = replace(run, order=order, steps=steps, tries=1)
             fast = {}
             if order == "confident" and steps <= 8 and not problems.axes:
-                fast = rates(partial(reason.answer, once, facts, model), problems, n)
+                whole = replace(once, batch_size=n)
+                fast = rates(partial(reason.answer, whole, facts, model), problems, n)
             add(f"{order}, one pass", once, reason.score(once, facts, model, problems, n), **fast)
     if cfg.tries > 1:
         for judge in ("rules", "self"):
@@ -336,7 +337,7 @@ def ours(cfg: Config, passes: str, problems: Problems, device: torch.device) -> 
     with timed(reason, limit=cfg.seconds, score=score, every=cfg.every):
         reason.train(run, problems, device)
     _, model, _ = reason.load(f"{run.out}/last.pt", device)
-    fast, right = replace(run, steps=cfg.evaluations[0]), {}
+    fast, right = replace(run, steps=cfg.evaluations[0], batch_size=n), {}
     for steps in cfg.evaluations:
         right[str(steps)] = next(reason.score(replace(run, steps=steps), facts, model, problems, n))[0]
     if cfg.tries > 1:

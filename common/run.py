@@ -208,6 +208,22 @@ def batch_indices(n, batch_size, seed, step):
     return order[start - epochs[0] * n :][:batch_size]
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised by five Newton-Schulz steps. kellerjordan.github.io/posts/muon; 2502.16982.
+    torch.optim.Muon does these in bfloat16, which takes 12 times as long on a CPU that emulates it."""
+
+    @torch.no_grad()
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            m = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)).lerp_(p.grad, 0.05)
+            x, ratio = nn.functional.normalize(p.grad.lerp(m, 0.95), dim=(0, 1)), p.shape[0] / p.shape[1]
+            x = x.T if ratio > 1 else x
+            for _ in range(5):
+                A = x @ x.T
+                x = 3.4445 * x + (2.0315 * A @ A - 4.775 * A) @ x
+            p.sub_(x.T if ratio > 1 else x, alpha=self.param_groups[0]["lr"] * max(1, ratio) ** 0.5)
+
+
 class Run(AbstractContextManager):
     """A training run and its folder, which is locked until the end of the `with`.
         with Run(cfg, model, facts, device) as run:
@@ -228,10 +244,9 @@ class Run(AbstractContextManager):
             raise UserError(f"a batch of {self.batch_size} cannot be shared by {WORLD} processes")
         self.net, self.ema = model, copy.deepcopy(model).eval().requires_grad_(False)
         others = [p for p in model.parameters() if p not in set(muon)]
-        fused = device.type in ("cpu", "cuda")
-        self.opts = [torch.optim.AdamW(others, lr=cfg.lr, weight_decay=0.0, fused=fused)]
+        self.opts = [torch.optim.AdamW(others, cfg.lr, weight_decay=0, fused=device.type in ("cpu", "cuda"))]
         if muon:
-            self.opts += [torch.optim.Muon(muon, lr=MUON_LR, weight_decay=0.0)]
+            self.opts += [Muon(muon, dict(lr=MUON_LR))]
         self.step, self.seconds, self.losses, self.rows = 0, 0.0, [], []  # rows: of log.csv
         self.signal, self.handlers = 0, {}
         self.lock = FileLock(self.out / ".lock")

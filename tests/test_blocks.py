@@ -84,7 +84,7 @@ def test_a_block_attends_to_its_own_tokens_and_to_every_clean_one_before_and_to_
 def test_each_loop_applies_the_blocks_to_its_state_and_the_embedded_input():
     """Against the loops written out; in training there are logits of each, otherwise of the last."""
     torch.manual_seed(0)
-    transformer = Transformer(16, 2, 4, 5, loops=3)
+    transformer = Transformer(16, 2, 5, loops=3)
     for p in transformer.parameters():
         torch.nn.init.normal_(p, std=0.2)
     x, emb, wanted = torch.randn(2, 6, 16), torch.randn(2, 1, 16), []

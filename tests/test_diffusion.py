@@ -467,5 +467,5 @@ def test_attention_over_a_large_image_does_without_the_matrix_of_all_pairs():
     short = torch.cat([attention(part, k, v, None) for part in q.split(256, dim=2)], dim=2)
     assert torch.allclose(attention(q, k, v, None), short, atol=1e-5)
     with Largest() as largest:
-        ImageAttention(8, heads=2)(torch.randn(1, 8, 32, 32, generator=rng()))
+        ImageAttention(8)(torch.randn(1, 8, 32, 32, generator=rng()))
     assert largest.numel < 1024**2
