@@ -144,12 +144,12 @@ def score(cfg, facts, model, problems, n):
     """Yield which of n test problems are right, and the mean evaluations for each, after each of cfg.tries.
     What the judge refuses is tried again from the beginning; if it refuses all tries, the first counts."""
     questions = [question for question, _ in problems.test[:n]]
-    ids, left, chains, spent = ask(facts, questions), list(range(len(questions))), {}, 0
+    left, chains, spent = list(range(len(questions))), {}, 0
     for i in range(cfg.tries):
         how, asked = at_try(cfg, i), [questions[j] for j in left]
         found = answer(how, facts, model, asked)
         accepted, cost = judge(how, facts, model, asked, found)
-        spent += cost + evaluations(cfg, model, ids[left])
+        spent += cost + evaluations(cfg, model, ask(facts, asked))
         chains |= {j: found[n] for n, j in enumerate(left) if accepted[n] or not i}
         left = [j for n, j in enumerate(left) if not accepted[n]]
         right = [problems.check(question, chains[j]) for j, question in enumerate(questions)]

@@ -246,7 +246,7 @@ def test_a_text_is_cut_where_its_script_allows_and_nothing_is_lost(text, cuts, o
 
 
 @pytest.mark.parametrize("text", ["ACGT" * 10_000, "word " * 8_000, "早餐很好。" * 8_000])
-def test_the_work_of_cutting_a_very_long_line_grows_with_its_length_alone(text):
+def test_a_very_long_line_is_cut_in_few_measurements(text):
     measured = []
 
     def fits(text):
@@ -255,7 +255,7 @@ def test_the_work_of_cutting_a_very_long_line_grows_with_its_length_alone(text):
 
     parts = texts.cut(text.strip(), fits)
     assert "".join("".join(parts).split()) == "".join(text.split())
-    assert sum(measured) < 200 * len(text)  # a piece at most for each character
+    assert sum(measured) < 50 * len(text)
 
 
 def test_a_piece_comes_with_its_label_and_its_condition_or_the_piece_before():
