@@ -90,7 +90,8 @@ def check_config(cfg, *rules):
         most = 1 if name in ("label_drop", "p_max", "self_condition", "snapshot") else 10**9
         if type(value) in (int, float) and not least <= value <= most:
             raise UserError(f"--{name} must be from {least} to {most}, got {value}")
-    for holds, hint in rules:
+    width = getattr(cfg, "width", 0)
+    for holds, hint in ((width % 16 == 0, f"--width must be divisible by 16, got {width}"), *rules):
         if not holds:
             raise UserError(hint)
 
@@ -141,10 +142,10 @@ def write_atomic(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(tmp, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch.save: the latter, in place of the former
         with suppress(OSError):
             tmp.unlink()  # half of a file may fill a disk
-        raise UserError(f"{path} could not be written, the old one is kept: {error}") from error
+        raise UserError(f"{path} could not be written, it is kept: {error.__context__ or error}") from error
 
 
 @contextmanager
@@ -179,7 +180,7 @@ def load_model(Config, build, path, device=None, cfg=None):
 def same_settings(cfg, saved, path, free):
     for name, now in asdict(cfg).items():
         if name not in free and now != saved[name]:
-            raise UserError(f"--{name} {now}, but {path} was trained with {saved[name]}")
+            raise UserError(f"--{name} {now}, but {path} was trained with {saved[name]}: take that")
 
 
 @dataclass(frozen=True)
@@ -360,7 +361,7 @@ class Run(AbstractContextManager):
         loss = loss.item() / WORLD  # waits for the device
         self.seconds += time.perf_counter() - self.start
         if not math.isfinite(loss):
-            raise UserError(f"the loss is not finite by step {self.step}; {self.out} keeps the last good one")
+            raise UserError(f"the loss is not finite by step {self.step}: lower --lr; any last.pt is older")
         log(f"step {self.step}/{self.max_steps}  loss {loss:.4f}  {self.seconds:.0f} s")
         self.rows.append(f"{self.step},{loss:.6f},{lr:.3g},{self.seconds:.2f}")
         if RANK == 0:
@@ -370,7 +371,7 @@ class Run(AbstractContextManager):
     def save(self):
         """Write last.pt. UserError for a weight that is not finite."""
         if not all(p.isfinite().all() for p in self.net.parameters()):
-            raise UserError(f"weights of step {self.step} are not finite; {self.out} has good ones")
+            raise UserError(f"weights of step {self.step} are not finite: lower --lr; any last.pt is older")
         state = dict(script=self.cfg.script, config=asdict(self.cfg), facts=self.facts, extra=self.extra)
         state |= dict(model=self.net.state_dict(), ema=self.ema.state_dict())
         state["opts"] = [opt.state_dict()["state"] for opt in self.opts]

@@ -238,6 +238,19 @@ def test_write_atomic_leaves_the_old_file_where_the_new_one_fails(tmp_path):
     assert path.read_bytes() == b"new" and (tmp_path / "reader").read_bytes() == b"old"
 
 
+def test_a_tensor_that_does_not_fit_on_the_disk_is_one_error(tmp_path):
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # fails as a full disk does
+    try:
+        with pytest.raises(UserError, match="File too large"):  # torch hides it behind "unexpected pos"
+            write_atomic(tmp_path / "f", lambda file: torch.save(torch.zeros(300_000), file))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     def save(state, file):
         file.write(b"half of a checkpoint")
