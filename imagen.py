@@ -8,7 +8,7 @@
 From Python: process, model, facts = imagen.load("out/digits/last.pt"). The mathematics is in diffusion.py.
 """
 
-from collections import deque
+import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -62,12 +62,12 @@ class Config(Flags):
     DISTILL: ClassVar = dict(out="out/{dataset}-distilled", max_steps=3000, resume=False)
 
     def __post_init__(self):
-        levels = len(self.channels) == len(self.blocks) and not any(c % 8 for c in self.channels)
+        levels = len(self.channels) == len(self.blocks) and all(c % 8 == 0 < c for c in self.channels)
         check_config(
             self,
             (self.steps <= T, f"--steps must be at most {T}"),
+            (self.score_n != 1, "--score_n must be 0 or at least 2"),
             (levels, "--channels takes multiples of 8, one for each of --blocks"),
-            (self.width % 16 == 0, "--width must be divisible by 16"),
             (self.label_drop or not self.guidance, "--guidance needs training with --label_drop above 0"),
         )
 
@@ -113,7 +113,8 @@ def batches(cfg, process, model, shape, y):
         with autocast(device, cfg.precision):
             states = trajectory(process, model, (len(labels), *shape), labels.to(device), **how)
             t, noise, _ = next(states)
-            [(_, x0, _)] = deque(states, maxlen=1)  # the last one: all of them may not fit
+            for _, _, guess in states:
+                x0 = guess  # the last one: all of them may not fit
         yield t, noise, x0
 
 
@@ -148,6 +149,8 @@ def film(cfg, process, model, facts):
 
 def score(cfg, process, model, images, folder):
     """Log how cfg.score_n samples compare with the test images; the folder keeps the classifier."""
+    if len(images.names) < 2 or len(images.x_test) < 10:
+        return log("no score: it needs two classes and ten test images")
     net = load_classifier(images, folder, process.a_table.device)
     y = images.y[permutation(len(images.y), cfg.seed)[: cfg.score_n]]
     x = draw(cfg, process, model, images.x.shape[1:], y), images.x, images.x_test
@@ -157,18 +160,19 @@ def score(cfg, process, model, images, folder):
 
 
 def ask_teacher(cfg, facts, device):
-    """A student's model and facts; the noise's step, the noise, its samples (N, C, H, W), labels (N,)."""
+    """A student's model and facts, the labels (N,) of its pairs, and their `batches`, not yet drawn."""
     process, model, known = load(cfg.distill, device, cfg)
     if known != facts or cfg.sampler == "ddpm":
-        raise UserError(f"{cfg.distill} must know this data, must not be a student or sampled by ddpm")
+        raise UserError(f"{cfg.distill} must be trained on this data, no student, and not sampled by ddpm")
     gib = 8 * cfg.pairs * torch.Size(facts["shape"]).numel() / 2**30
     log(f"{cfg.pairs} pairs take {gib:.3f} GiB")
     if gib > 8:
         raise UserError(f"--pairs {cfg.pairs}: more than 8 GiB may not fit in memory, ask for fewer")
     y = torch.tensor(chosen(cfg, facts), device=device).repeat(cfg.pairs)[: cfg.pairs]
-    (t, *_), noise, x0 = zip(*batches(cfg, process, model, facts["shape"], y), strict=True)
-    facts = facts | dict(teacher=[cfg.sampler, cfg.steps, cfg.guidance, cfg.pairs])
-    return model.train(), facts, t, torch.cat(noise), torch.cat(x0), y
+    pairs = batches(cfg, process, copy.deepcopy(model), facts["shape"], y)
+    weight = next(model.parameters()).sum().item()  # tells a teacher from what it was some steps ago
+    how = cfg.sampler, cfg.steps, cfg.guidance, cfg.pairs, cfg.classes, weight
+    return model.train(), facts | dict(teacher=how), y, pairs
 
 
 def train(cfg, images, device):
@@ -177,9 +181,12 @@ def train(cfg, images, device):
     chosen(cfg, facts)  # an unknown class fails before training, not after
     x, y = images.x.to(device), images.y.to(device)
     if cfg.distill:
-        model, facts, t, noise, x, y = ask_teacher(cfg, facts, device)
+        model, facts, y, pairs = ask_teacher(cfg, facts, device)
         cfg = replace(cfg, steps=1, guidance=0.0, label_drop=0.0)
     with Run(cfg, model, facts, device, cooldown=0.2) as run:
+        if cfg.distill:
+            (t, *_), *both = zip(*pairs, strict=True)
+            noise, x = map(torch.cat, both)
         for step, batch in run.steps(len(x)):
             with autocast(device, cfg.precision):
                 if cfg.distill:
@@ -193,7 +200,7 @@ def train(cfg, images, device):
         if run.due(1):  # once, in the main process
             save_picture(picture(*draw_rows(cfg, process, run.ema, facts)), run.out / "samples/grid.png")
             save_film(film(cfg, process, run.ema, facts), run.out / "samples/film.gif")
-            if cfg.score_n and len(images.names) > 1 and len(images.x_test) >= 10:
+            if cfg.score_n:
                 score(cfg, process, run.ema, images, run.out)
             log(f"wrote {run.out}; more samples: python imagen.py --load {run.out / 'last.pt'} --samples 20")
 

@@ -177,7 +177,8 @@ def test_a_run_continues_with_data_that_have_moved_but_not_with_others(tmp_path,
 def test_images_without_classes_train_and_are_drawn(tmp_path, cli):
     folder_of_images(tmp_path / "pics", classes="")
     run = ["--dataset", tmp_path / "pics", "--out", tmp_path / "out", *TINY, "--max_steps", 2, "--score_n", 5]
-    assert cli("imagen", *run)[0] == 0
+    status, printed = cli("imagen", *run)
+    assert status == 0 and "no score" in printed
     assert cli("imagen", "--load", tmp_path / "out/last.pt", "--samples", 2)[0] == 0
     assert len(list((tmp_path / "out/samples/dpm++_10_guidance0_seed0").iterdir())) == 20
     assert cli("imagen", "--load", tmp_path / "out/last.pt", "--classes", "a")[0] == 2
@@ -193,6 +194,7 @@ def test_fashionmnist_is_read_from_its_own_files(fake_fashionmnist, tmp_path, cl
     "flags",
     [
         "--batch_size 0", "--max_steps -1", "--steps 2000", "--guidance -1", "--seed -1", "--channels 9 9",
+        "--channels 0 16", "--channels -8 16", "--score_n 1",
         "--channels 8 --blocks 1 1", "--width 20", "--image_size 9", "--schedule flow --predict eps",
         "--schedule flow --steps 1000", "--dataset nowhere", "--dataset mnist --data_dir nowhere",
         "--load nowhere.pt", "--load {run} --channels 16 16", "--load {run} --resume", "--out {out}",
@@ -249,7 +251,11 @@ def test_a_student_draws_in_one_evaluation_and_resumes_to_the_same_bits(trained,
         patch.setattr(Run, "due", lambda run, every: run.step == 2 and run._on_signal(2, None))
         assert cli("imagen", *flags, tmp_path / "b", "--max_steps", 4)[0] == 130
     resume = [*flags, tmp_path / "b", "--max_steps", 4, "--resume"]
-    assert cli("imagen", *resume, "--guidance", 1)[0] == 2  # another teacher
+    for flags in (["--guidance", 1], ["--classes", 3], ["--pairs", 40]):  # another teacher
+        assert cli("imagen", *resume, *flags)[0] == 2
+    with monkeypatch.context() as patch:  # refused before the pairs are drawn
+        patch.setattr(imagen, "batches", lambda *_: iter(pytest.fail, None))
+        assert cli("imagen", *resume[:-1])[0] == 2
     assert cli("imagen", *resume)[0] == 0
     whole, resumed = (read(tmp_path / name)["ema"] for name in "ab")
     assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
@@ -261,14 +267,23 @@ def test_a_student_draws_in_one_evaluation_and_resumes_to_the_same_bits(trained,
 
 def test_pairs_are_what_sample_makes_of_the_same_noise(trained):
     cfg = imagen.Config(**read(trained)["config"] | dict(distill=str(trained / "last.pt"), pairs=40))
-    _, facts, t, noise, x0, y = imagen.ask_teacher(cfg, read(trained)["facts"], torch.device("cpu"))
+    model, facts, y, pairs = imagen.ask_teacher(cfg, read(trained)["facts"], torch.device("cpu"))
+    weight = next(model.parameters()).sum().item()
+    with torch.no_grad():
+        next(model.parameters()).zero_()  # a student that learns, or resumes, does not change its pairs
+    (t, *_), noise, x0 = zip(*pairs, strict=True)
+    noise, x0 = torch.cat(noise), torch.cat(x0)
     process, model, _ = imagen.load(trained / "last.pt")
     shape, generator = (cfg.batch_size, *facts["shape"]), torch.Generator().manual_seed(cfg.seed)
     first = sample(process, model, shape, y[: cfg.batch_size], generator=generator, clip=1.0)
     torch.testing.assert_close(x0[: cfg.batch_size], first)
     unit = torch.randn(shape, generator=torch.Generator().manual_seed(cfg.seed))
     torch.testing.assert_close(noise[: cfg.batch_size], unit)
-    assert facts["teacher"] == ["dpm++", 10, 0.0, 40] and len(noise) == len(x0) == len(y) == 40
+    assert (
+        facts["teacher"] == ("dpm++", 10, 0.0, 40, (), weight)
+        and weight
+        and len(noise) == len(x0) == len(y) == 40
+    )
     assert t > 900 and y[:12].tolist() == [*range(10), 0, 1]
 
 
@@ -285,6 +300,6 @@ def test_a_student_teaches_nobody(trained, cli, tmp_path):
         cli("imagen", "--distill", trained / "last.pt", "--max_steps", 1, "--pairs", 20, "--out", out)[0] == 0
     )
     status, printed = cli("imagen", "--distill", out / "last.pt", "--out", tmp_path / "other")
-    assert status == 2 and "must not be a student" in printed
+    assert status == 2 and "no student" in printed
     for flags in (("--guidance", 1), ("--steps", 10), ("--sampler", "ddim")):  # it knows one step only
         assert cli("imagen", "--load", out / "last.pt", *flags)[0] == 2
