@@ -98,10 +98,12 @@ class Config(Flags):
     )
 
     def __post_init__(self):
+        same = (self.encoder == "scratch") == (self.decoder == "scratch")
         check_config(
             self,
             (self.steps <= T, f"--steps must be at most {T}"),
-            (self.width % 16 == self.vae_width % 8 == 0, "16 must divide --width, and 8 --vae_width"),
+            (self.vae_width % 8 == 0, "--vae_width must be divisible by 8"),
+            (same, "--encoder and --decoder: both from scratch or both pretrained"),
         )
 
     @property
@@ -114,7 +116,7 @@ def build_vae(cfg, facts, device):
     """The VAE that cfg describes; of pretrained parts that were read before, the facts know the shape."""
     torch.manual_seed(cfg.seed)
     tokenizer, L = texts.from_json(*facts["decoder"]), max(cfg.max_tokens, cfg.k * cfg.span)
-    if cfg.encoder == cfg.decoder == "scratch":
+    if cfg.encoder == "scratch":
         parts = small_backbones(len(tokenizer), cfg.vae_width, cfg.vae_depth, L + cfg.k + 1)
     elif "backbones" in facts:
         parts = untrained_backbones(*facts["backbones"])
@@ -320,7 +322,7 @@ def pieces(cfg, encoder, decoder, data):
 
 
 def train(cfg):
-    data, scratch = load_texts(cfg), cfg.encoder == cfg.decoder == "scratch"
+    data, scratch = load_texts(cfg), cfg.encoder == "scratch"
     facts, path = dict(names=data.names, checksum=data.checksum()), Path(cfg.out, "vae/last.pt")
     if path.exists():  # newer libraries may write tokenizers and configurations differently
         with open_checkpoint(path, Config) as saved:
@@ -345,7 +347,7 @@ def main(cfg):
     prompted = bool(cfg.load and cfg.reads_text)
     check_config(
         cfg,
-        (bool(cfg.prompt) == prompted, "--prompt goes with --load and a condition that is a text"),
+        (bool(cfg.prompt) == prompted, "--prompt: needed with --load and a text as condition, only there"),
         (cfg.span == 1 or cfg.max_tokens <= cfg.k * cfg.span, "--k times --span must cover --max_tokens"),
     )
     if not cfg.load:

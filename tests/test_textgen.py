@@ -346,6 +346,12 @@ def test_a_decoder_that_is_too_short_or_has_no_end_token_is_refused(encoder, dec
     assert not (tmp_path / "out/vae/last.pt").exists()
 
 
+def test_one_pretrained_part_alone_is_refused(tmp_path, cli):
+    for flag in ("--encoder", "--decoder"):
+        status, printed = cli("textgen", *GRAMMAR, flag, "gpt2", "--out", tmp_path)
+        assert status == 2 and "both pretrained" in printed
+
+
 def test_without_a_network_pretrained_parts_are_refused_at_once(tmp_path, cli, monkeypatch):
     from huggingface_hub import constants
 
