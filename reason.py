@@ -69,7 +69,6 @@ class Config(Flags):
             self,
             (1 <= min(self.digits) <= max(self.digits) <= 8, "--digits must be from 1 to 8"),
             (0 <= low < high <= 1, "--masks must be two shares, the smaller first"),
-            (self.width % 16 == 0, "--width must be divisible by 16"),
             (not self.snapshot or self.passes == "multi", "--snapshot needs --passes multi"),
             (self.prompt is None or self.load, "--prompt needs a checkpoint: add --load out/NAME/last.pt"),
             (self.prompt is None or self.prompt.strip(), "--prompt is empty: give a question as in the data"),
@@ -99,12 +98,10 @@ def ask(facts, questions):
 def think(cfg, model, ids):
     """Yield ids (N, k) of the blocks before and after each step, from ids (N, q + k) with masks."""
     q, known = ids.split([model.layout.q, model.layout.k], dim=1)
-    settings = dict(steps=cfg.steps, order=cfg.order, temperature=cfg.temperature)
-    generator = torch.Generator().manual_seed(cfg.seed)
+    how = cfg.steps, cfg.order, cfg.temperature, torch.Generator().manual_seed(cfg.seed)
     yield known
     with autocast(ids.device, cfg.precision):
-        for _, xt in generate(model, q, known, generator=generator, **settings):
-            yield xt
+        yield from (xt for _, xt in generate(model, q, known, *how))
 
 
 def answer(cfg, facts, model, questions, ids=None):
@@ -150,8 +147,8 @@ def score(cfg, facts, model, problems, n):
         found = answer(how, facts, model, asked)
         accepted, cost = judge(how, facts, model, asked, found)
         spent += cost + evaluations(cfg, model, ask(facts, asked))
-        chains |= {j: found[n] for n, j in enumerate(left) if accepted[n] or not i}
-        left = [j for n, j in enumerate(left) if not accepted[n]]
+        chains |= {j: found[k] for k, j in enumerate(left) if accepted[k] or not i}
+        left = [j for k, j in enumerate(left) if not accepted[k]]
         right = [problems.check(question, chains[j]) for j, question in enumerate(questions)]
         yield right, spent / len(questions)
 
@@ -252,7 +249,7 @@ def main(cfg):
     if not cfg.load:
         return train(cfg, problems, pick_device())
     if problems.facts != facts:
-        raise UserError(f"{cfg.load} was trained on other problems than {cfg.dataset}, or on some of --test")
+        raise UserError(f"{cfg.load} was trained on other problems, or on some of --test: take its own")
     show_answer(cfg, facts, model, problems.test[0][0])
     report(cfg, facts, model, problems)
 

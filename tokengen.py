@@ -58,7 +58,6 @@ class Config(Flags):
         check_config(
             self,
             (self.window % self.block == 0, f"--block must divide the --window of {self.window}"),
-            (self.width % 16 == 0, "--width must be divisible by 16"),
             (not self.gap or self.gap in self.prompt, f"--gap {self.gap} is not in the --prompt"),
         )
 
