@@ -50,7 +50,7 @@ class Config(Flags):
     guidance: float = 0.0  # classifier-free guidance: 0 is off, 1 is strong
     classes: tuple[str, ...] = ()  # names of the classes to draw; none given is all
     samples: int = 10  # of each class
-    score_n: int = 500  # samples of a score; 0 is no score
+    score_n: int = 500  # samples to score; 0: no score
     # one step
     distill: str | None = None  # train a student that draws this checkpoint's samples in one evaluation
     pairs: int = 20_000  # of noise and sample, from which it learns

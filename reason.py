@@ -45,7 +45,7 @@ class Config(Flags):
     order: Literal["confident", "random"] = "confident"  # in which tokens are unmasked
     steps: int = 8  # evaluations of the denoiser for each thought, at most one for each token
     temperature: float = 0.0  # of the tokens that are drawn; 0 takes the likeliest
-    tries: int = 1  # at most so many for each problem, until the judge accepts the answer
+    tries: int = 1  # attempts at each problem, until the judge accepts the answer
     judge: Literal["rules", "self"] = "rules"  # self: half of the answer, masked again, must come back
     try_temperature: float = 1.0  # of all tries but the first
     prompt: str | None = None  # with --load: a question of your own
@@ -119,7 +119,7 @@ def at_try(cfg, i):
 
 
 def evaluations(cfg, model, ids):
-    """How many of the denoiser it takes to fill the masks in ids (N, q + k), of all N together."""
+    """Evaluations of the denoiser that fill the masks in ids (N, q + k), summed over N."""
     masked = (ids[:, model.layout.q :] == model.mask_id).split(model.layout.widths, dim=1)
     return sum(block.sum(1).clamp(max=cfg.steps).sum().item() for block in masked)
 

@@ -85,7 +85,7 @@ class Config(Flags):
     guidance: float = 2.0  # classifier-free guidance: 0 is off, 4 is strong
     prompt: str | None = None  # with --load, where the condition is a text: that text
     samples: int = 4  # texts for each class, or for each condition
-    score_n: int = 200  # texts of a score; 0 is no score
+    score_n: int = 200  # texts to score; 0: no score
     # the run
     sample_every: int = 500  # steps between samples
 

@@ -48,7 +48,7 @@ class Config(Flags):
     gap: str | None = None  # character of the prompt for a token to fill in, given its block and those before
     length: int = 400  # tokens of a sample; with --lines at most the window
     samples: int = 3  # texts to write
-    score_n: int = 1000  # held-out windows of a score; 0 is no score
+    score_n: int = 1000  # held-out windows to score; 0: no score
     # the run
     sample_every: int = 500  # steps between scores on 100 held-out windows
 

@@ -4,7 +4,7 @@
     python -m bench.reason --dataset sudoku     the same on another task; --run.NAME is the flag of reason.py
     python -m bench.reason --dataset sudoku --load out/sudoku/last.pt --tries 32     by evaluations and order
     python -m bench.reason --dataset sudoku --load out/sudoku/last.pt --loops 4 8 16        by compute
-    python -m bench.reason --correct            a thought is spoilt: do rounds of remasking save the answer?
+    python -m bench.reason --correct            a thought is corrupted: does remasking save the answer?
 
 All networks are as wide and as deep as each other, each loop counted, and see the same problems for as many
 seconds. GPT-2 writes by transformers' `generate`, with its cache, a puzzle's cells row after row.
@@ -34,7 +34,7 @@ from tasks.load import load_problems
 from tasks.problems import END, MARK, Problems, decode
 from vae import small_gpt
 
-ROUNDS = 4  # of remasking, after a chain with a spoilt thought has come to its end
+ROUNDS = 4  # of remasking, after a chain with a corrupted thought has come to its end
 Ask = Callable[[list[str]], list[list[str]]]  # from questions to chains
 
 
@@ -397,7 +397,7 @@ def rounds(cfg: Config, run: reason.Config, model, problems: Problems, ids: Tens
     """Right answers, and in brackets the evaluations up to there, of test problems that go on from ids.
 
     First at the end of the chains, then after each of the ROUNDS, which mask again what the model is the
-    least sure of, the spoilt thought not excepted: nothing tells it what is right.
+    least sure of, the corrupted thought not excepted: nothing tells it what is right.
     """
     questions, cells, spent, x = [question for question, _ in problems.test], [], 0, None
     empty = reason.ask(problems.facts, questions).to(ids.device)
@@ -413,7 +413,7 @@ def rounds(cfg: Config, run: reason.Config, model, problems: Problems, ids: Tens
 
 
 def self_correction(cfg: Config, problems: Problems, device: torch.device) -> None:
-    """A digit of one true thought is spoilt, and what follows is the model's own: how many answers are right?
+    """A digit of one true thought is corrupted, the model writes the rest: how many answers are right?
 
     A row for each thought, of a model trained on true thoughts and of one trained on snapshots of its own.
     """
@@ -431,7 +431,7 @@ def self_correction(cfg: Config, problems: Problems, device: torch.device) -> No
                 chain[i - 1] = spoil(chain[i - 1], rng)
             ids = torch.cat(reason.columns(facts, chains), dim=1).to(device)
             ids[:, sum(facts["widths"][: i + 1]) :] = model.mask_id
-            row = {"snapshot": snapshot, "spoilt": f"thought {i}" if i else "nothing"}
+            row = {"snapshot": snapshot, "corrupted": f"thought {i}" if i else "nothing"}
             cells = rounds(cfg, run, model, few, ids)
             rows.append(row | {f"round {i}" if i else "chain": cell for i, cell in enumerate(cells)})
     log(f"n={len(few.test)}; {cfg.remask[0]:g} of the tokens are masked again; right answers (evaluations)")
