@@ -160,7 +160,7 @@ def score(cfg, process, model, images, folder):
 
 
 def ask_teacher(cfg, facts, device):
-    """A student's model and facts, the labels (N,) of its pairs, and their `batches`, not yet drawn."""
+    """A student's model and facts, labels (N,), and the `batches` to learn, of noise that no score draws."""
     process, model, known = load(cfg.distill, device, cfg)
     if known != facts or cfg.sampler == "ddpm":
         raise UserError(f"{cfg.distill} must be trained on this data, no student, and not sampled by ddpm")
@@ -169,7 +169,7 @@ def ask_teacher(cfg, facts, device):
     if gib > 8:
         raise UserError(f"--pairs {cfg.pairs}: more than 8 GiB may not fit in memory, ask for fewer")
     y = torch.tensor(chosen(cfg, facts), device=device).repeat(cfg.pairs)[: cfg.pairs]
-    pairs = batches(cfg, process, copy.deepcopy(model), facts["shape"], y)
+    pairs = batches(replace(cfg, seed=10**9 - cfg.seed), process, copy.deepcopy(model), facts["shape"], y)
     weight = next(model.parameters()).sum().item()  # tells a teacher from what it was some steps ago
     how = cfg.sampler, cfg.steps, cfg.guidance, cfg.pairs, cfg.classes, weight
     return model.train(), facts | dict(teacher=how), y, pairs

@@ -274,11 +274,17 @@ def test_pairs_are_what_sample_makes_of_the_same_noise(trained):
     (t, *_), noise, x0 = zip(*pairs, strict=True)
     noise, x0 = torch.cat(noise), torch.cat(x0)
     process, model, _ = imagen.load(trained / "last.pt")
-    shape, generator = (cfg.batch_size, *facts["shape"]), torch.Generator().manual_seed(cfg.seed)
+    shape, seed = (
+        (cfg.batch_size, *facts["shape"]),
+        10**9 - cfg.seed,
+    )  # a score must not draw what was learned
+    generator = torch.Generator().manual_seed(seed)
     first = sample(process, model, shape, y[: cfg.batch_size], generator=generator, clip=1.0)
     torch.testing.assert_close(x0[: cfg.batch_size], first)
-    unit = torch.randn(shape, generator=torch.Generator().manual_seed(cfg.seed))
+    unit = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     torch.testing.assert_close(noise[: cfg.batch_size], unit)
+    drawn = next(imagen.batches(cfg, process, model, facts["shape"], y))[1]
+    assert not torch.isclose(drawn, noise[: cfg.batch_size]).any(1).all()
     assert (
         facts["teacher"] == ("dpm++", 10, 0.0, 40, (), weight)
         and weight
