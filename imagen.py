@@ -113,7 +113,7 @@ def batches(cfg, process, model, shape, y):
         with autocast(device, cfg.precision):
             states = trajectory(process, model, (len(labels), *shape), labels.to(device), **how)
             t, noise, _ = next(states)
-            for _, _, guess in states:
+            for *_, guess in states:
                 x0 = guess  # the last one: all of them may not fit
         yield t, noise, x0
 
@@ -149,8 +149,6 @@ def film(cfg, process, model, facts):
 
 def score(cfg, process, model, images, folder):
     """Log how cfg.score_n samples compare with the test images; the folder keeps the classifier."""
-    if len(images.names) < 2 or len(images.x_test) < 10:
-        return log("no score: it needs two classes and ten test images")
     net = load_classifier(images, folder, process.a_table.device)
     y = images.y[permutation(len(images.y), cfg.seed)[: cfg.score_n]]
     x = draw(cfg, process, model, images.x.shape[1:], y), images.x, images.x_test
@@ -170,8 +168,7 @@ def ask_teacher(cfg, facts, device):
         raise UserError(f"--pairs {cfg.pairs}: more than 8 GiB may not fit in memory, ask for fewer")
     y = torch.tensor(chosen(cfg, facts), device=device).repeat(cfg.pairs)[: cfg.pairs]
     pairs = batches(replace(cfg, seed=10**9 - cfg.seed), process, copy.deepcopy(model), facts["shape"], y)
-    weight = next(model.parameters()).sum().item()  # tells a teacher from what it was some steps ago
-    how = cfg.sampler, cfg.steps, cfg.guidance, cfg.pairs, cfg.classes, weight
+    how = cfg.sampler, cfg.steps, cfg.guidance, cfg.pairs, cfg.classes, next(model.parameters()).sum().item()
     return model.train(), facts | dict(teacher=how), y, pairs
 
 
@@ -200,7 +197,7 @@ def train(cfg, images, device):
         if run.due(1):  # once, in the main process
             save_picture(picture(*draw_rows(cfg, process, run.ema, facts)), run.out / "samples/grid.png")
             save_film(film(cfg, process, run.ema, facts), run.out / "samples/film.gif")
-            if cfg.score_n:
+            if cfg.score_n and len(images.names) > 1 and len(images.x_test) >= 10:
                 score(cfg, process, run.ema, images, run.out)
             log(f"wrote {run.out}; more samples: python imagen.py --load {run.out / 'last.pt'} --samples 20")
 
@@ -209,7 +206,7 @@ def main(cfg):
     if not cfg.load or cfg.score_n:
         images = load_images(cfg.dataset, cfg.data_dir, cfg.image_size)
         what = f"{len(images.x)} training and {len(images.x_test)} test images {tuple(images.x.shape[1:])}"
-        log(f"{cfg.dataset}: {what}, classes {', '.join(images.names[:20]) or 'none'}")
+        log(f"{cfg.dataset}: {what}, classes {', '.join(images.names[:20]) or 'none, so no score'}")
     if not cfg.load:
         return train(cfg, images, pick_device())
     process, model, facts = load(cfg.load, cfg=cfg)

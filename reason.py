@@ -249,7 +249,7 @@ def main(cfg):
     if not cfg.load:
         return train(cfg, problems, pick_device())
     if problems.facts != facts:
-        raise UserError(f"{cfg.load} was trained on other problems, or on some of --test: take its own")
+        raise UserError(f"{cfg.load} learned other problems, or some of --test: give the --test of training")
     show_answer(cfg, facts, model, problems.test[0][0])
     report(cfg, facts, model, problems)
 

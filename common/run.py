@@ -90,8 +90,9 @@ def check_config(cfg, *rules):
         most = 1 if name in ("label_drop", "p_max", "self_condition", "snapshot") else 10**9
         if type(value) in (int, float) and not least <= value <= most:
             raise UserError(f"--{name} must be from {least} to {most}, got {value}")
-    width = getattr(cfg, "width", 0)
-    for holds, hint in ((width % 16 == 0, f"--width must be divisible by 16, got {width}"), *rules):
+        if name == "width" and value % 16:
+            raise UserError(f"--width must be divisible by 16, got {value}")
+    for holds, hint in rules:
         if not holds:
             raise UserError(hint)
 
@@ -145,7 +146,7 @@ def write_atomic(path, write):
     except (OSError, RuntimeError) as error:  # torch.save: the latter, in place of the former
         with suppress(OSError):
             tmp.unlink()  # half of a file may fill a disk
-        raise UserError(f"{path} could not be written, it is kept: {error.__context__ or error}") from error
+        raise UserError(f"{path} could not be written, old one kept: {error.__context__ or error}") from error
 
 
 @contextmanager
@@ -180,7 +181,7 @@ def load_model(Config, build, path, device=None, cfg=None):
 def same_settings(cfg, saved, path, free):
     for name, now in asdict(cfg).items():
         if name not in free and now != saved[name]:
-            raise UserError(f"--{name} {now}, but {path} was trained with {saved[name]}: take that")
+            raise UserError(f"--{name} {now}, but {path} was trained with {saved[name]}: give that")
 
 
 @dataclass(frozen=True)

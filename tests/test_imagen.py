@@ -181,7 +181,8 @@ def test_images_without_classes_train_and_are_drawn(tmp_path, cli):
     assert status == 0 and "no score" in printed
     assert cli("imagen", "--load", tmp_path / "out/last.pt", "--samples", 2)[0] == 0
     assert len(list((tmp_path / "out/samples/dpm++_10_guidance0_seed0").iterdir())) == 20
-    assert cli("imagen", "--load", tmp_path / "out/last.pt", "--classes", "a")[0] == 2
+    for flags in (["--classes", "a"], ["--score_n", 5]):
+        assert cli("imagen", "--load", tmp_path / "out/last.pt", *flags)[0] == 2
 
 
 def test_fashionmnist_is_read_from_its_own_files(fake_fashionmnist, tmp_path, cli):
@@ -251,8 +252,8 @@ def test_a_student_draws_in_one_evaluation_and_resumes_to_the_same_bits(trained,
         patch.setattr(Run, "due", lambda run, every: run.step == 2 and run._on_signal(2, None))
         assert cli("imagen", *flags, tmp_path / "b", "--max_steps", 4)[0] == 130
     resume = [*flags, tmp_path / "b", "--max_steps", 4, "--resume"]
-    for flags in (["--guidance", 1], ["--classes", 3], ["--pairs", 40]):  # another teacher
-        assert cli("imagen", *resume, *flags)[0] == 2
+    for other in (["--guidance", 1], ["--classes", 3], ["--pairs", 40]):  # another teacher
+        assert cli("imagen", *resume, *other)[0] == 2
     with monkeypatch.context() as patch:  # refused before the pairs are drawn
         patch.setattr(imagen, "batches", lambda *_: iter(pytest.fail, None))
         assert cli("imagen", *resume[:-1])[0] == 2
@@ -274,22 +275,17 @@ def test_pairs_are_what_sample_makes_of_the_same_noise(trained):
     (t, *_), noise, x0 = zip(*pairs, strict=True)
     noise, x0 = torch.cat(noise), torch.cat(x0)
     process, model, _ = imagen.load(trained / "last.pt")
-    shape, seed = (
-        (cfg.batch_size, *facts["shape"]),
-        10**9 - cfg.seed,
-    )  # a score must not draw what was learned
+    shape, seed = (cfg.batch_size, *facts["shape"]), 10**9 - cfg.seed
     generator = torch.Generator().manual_seed(seed)
     first = sample(process, model, shape, y[: cfg.batch_size], generator=generator, clip=1.0)
     torch.testing.assert_close(x0[: cfg.batch_size], first)
     unit = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     torch.testing.assert_close(noise[: cfg.batch_size], unit)
+    # A score must not draw what was learned.
     drawn = next(imagen.batches(cfg, process, model, facts["shape"], y))[1]
     assert not torch.isclose(drawn, noise[: cfg.batch_size]).any(1).all()
-    assert (
-        facts["teacher"] == ("dpm++", 10, 0.0, 40, (), weight)
-        and weight
-        and len(noise) == len(x0) == len(y) == 40
-    )
+    assert facts["teacher"] == ("dpm++", 10, 0.0, 40, (), weight) and weight
+    assert len(noise) == len(x0) == len(y) == 40
     assert t > 900 and y[:12].tolist() == [*range(10), 0, 1]
 
 

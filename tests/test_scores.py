@@ -74,6 +74,13 @@ def test_the_classifier_is_seeded_kept_and_ranks_real_above_noise(tmp_path):
     load_classifier(images, tmp_path / "a", CPU, steps=2)
 
 
+def test_data_without_classes_are_refused(tmp_path):
+    images = load_images("digits", "")
+    images.names = []
+    with pytest.raises(UserError):
+        load_classifier(images, tmp_path, CPU)
+
+
 def test_bleu_is_sacrebleus_and_counts_characters_where_no_spaces_are():
     texts, references = (
         ["the room was dirty and loud", "a b c d e"],
