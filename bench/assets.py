@@ -60,7 +60,7 @@ def one_step(teacher: Path, student: Path) -> Image.Image:
     """What a teacher and its student make of the same noise, two images of each class."""
     rows = []
     for path in (teacher, student):
-        cfg = imagen.Config(**saved_by(imagen.Config, path)["config"] | dict(seed=1))
+        cfg = imagen.Config(**saved_by(imagen.Config, path)["config"])
         process, model, facts = imagen.load(path, "cpu")
         rows.append(imagen.draw(cfg, process, model, facts["shape"], torch.arange(10).repeat(2)))
     return picture(["10 evaluations", "1 evaluation"], torch.stack(rows))
